@@ -1,0 +1,1 @@
+"""Loadstone loads any PyTorch model onto the machine you have."""
