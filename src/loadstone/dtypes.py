@@ -84,3 +84,52 @@ class BlockFormat:
     code: int
     block_numel: int
     block_nbytes: int
+
+
+def _block(code: int, name: str, block_numel: int, block_nbytes: int) -> BlockFormat:
+    return BlockFormat(name=name, code=code, block_numel=block_numel, block_nbytes=block_nbytes)
+
+
+# Source: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py (GGML_QUANT_SIZES) and
+# https://github.com/ggml-org/ggml/blob/master/include/ggml.h (enum ggml_type)
+_BLOCK_TABLE = (
+    _block(2, "Q4_0", 32, 18),
+    _block(3, "Q4_1", 32, 20),
+    _block(6, "Q5_0", 32, 22),
+    _block(7, "Q5_1", 32, 24),
+    _block(8, "Q8_0", 32, 34),
+    _block(9, "Q8_1", 32, 40),
+    _block(10, "Q2_K", 256, 84),
+    _block(11, "Q3_K", 256, 110),
+    _block(12, "Q4_K", 256, 144),
+    _block(13, "Q5_K", 256, 176),
+    _block(14, "Q6_K", 256, 210),
+    _block(15, "Q8_K", 256, 292),
+    _block(16, "IQ2_XXS", 256, 66),
+    _block(17, "IQ2_XS", 256, 74),
+    _block(18, "IQ3_XXS", 256, 98),
+    _block(19, "IQ1_S", 256, 50),
+    _block(20, "IQ4_NL", 32, 18),
+    _block(21, "IQ3_S", 256, 110),
+    _block(22, "IQ2_S", 256, 82),
+    _block(23, "IQ4_XS", 256, 136),
+    _block(29, "IQ1_M", 256, 56),
+    _block(34, "TQ1_0", 256, 54),
+    _block(35, "TQ2_0", 256, 66),
+    _block(39, "MXFP4", 32, 17),
+    _block(40, "NVFP4", 64, 36),
+    _block(41, "Q1_0", 128, 18),
+)
+
+# The codes of a GGUF tensor header: block encodings, and plain elements.
+GGML_BLOCKS: dict[int, BlockFormat] = {block.code: block for block in _BLOCK_TABLE}
+GGML_PLAIN: dict[int, Dtype] = {
+    0: DTYPES["float32"],
+    1: DTYPES["float16"],
+    24: DTYPES["int8"],
+    25: DTYPES["int16"],
+    26: DTYPES["int32"],
+    27: DTYPES["int64"],
+    28: DTYPES["float64"],
+    30: DTYPES["bfloat16"],
+}

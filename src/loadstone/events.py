@@ -23,11 +23,13 @@ class StageFinished:
         stage: its name.
         seconds: its wall-clock time.
         detail: what it found, in one line for people.
+        lines: the same in full, with real names, for those who want to see how loading works.
     """
 
     stage: str
     seconds: float
     detail: str
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +57,10 @@ def ignore(event: Event) -> None:
 
 @dataclass(slots=True)
 class StageDetail:
-    """The place where a running stage writes down what it found."""
+    """The place where a running stage writes down what it found: in a line, and in full."""
 
     text: str = ""
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -79,6 +82,7 @@ class Recorder:
         detail = StageDetail()
         begin = time.perf_counter()
         yield detail
-        event = StageFinished(stage=name, seconds=time.perf_counter() - begin, detail=detail.text)
+        seconds = time.perf_counter() - begin
+        event = StageFinished(stage=name, seconds=seconds, detail=detail.text, lines=detail.lines)
         self.finished.append(event)
         self.observer(event)

@@ -1,0 +1,292 @@
+"""The second half of a load, with torch: class, skeleton, key map, tensors, finish. One stage after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import prod
+
+import torch
+from torch import nn
+
+from loadstone.api.load import Begun
+from loadstone.architecture.blueprint import Blueprint, Surroundings
+from loadstone.architecture.keymap import Assignment, KeyMap
+from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
+from loadstone.architecture.plain import PlainModule
+from loadstone.architecture.skeleton import Slot, slots_of
+from loadstone.checkpoint.cache import cache_folder
+from loadstone.checkpoint.values import Checkpoint
+from loadstone.dtypes import DTYPES
+from loadstone.hardware.measure import cached
+from loadstone.hardware.memory import ResidentBytes
+from loadstone.hardware.probe import machine
+from loadstone.plan.choose import Choice, choose_device
+from loadstone.report.load_report import CudaMemory, LoadReport
+from loadstone.stream.materialize import Materialized, Materializer, Target, torch_dtype
+from loadstone.units import format_bytes
+
+# How many names a stage shows to those who want to see how loading works.
+_SAMPLES = 4
+
+FinishReport = Callable[[ResidentBytes, float], LoadReport]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mapped:
+    """A module on meta and what will fill it."""
+
+    module: nn.Module
+    slots: Mapping[str, Slot]
+    keymap: KeyMap
+    targets: Mapping[str, Target]
+    notes: tuple[str, ...]
+
+
+def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
+    """Build the module and fill it.
+
+    Args:
+        begun: headers, choices, and the bytes that are under way.
+
+    Returns:
+        The module, and what makes the report once peak memory and time are known.
+    """
+    recorder = begun.recorder
+    blueprint = _blueprint(begun)
+    with recorder.stage("skeleton") as told:
+        module = blueprint.build(torch_dtype(begun.dtype.value))
+        slots = slots_of(module)
+        told.text = f"{blueprint.name} on meta, {len(slots):,} tensors, no memory"
+        told.lines = tuple(f"{slot.fqn} {list(slot.shape)} {slot.dtype}" for slot in islice(slots.values(), _SAMPLES))
+    device = _device(begun, slots)
+    checkpoint = unwrapped(begun.checkpoint, slots, getattr(module, "base_model_prefix", ""))
+    materializer = Materializer(checkpoint, begun.ahead, torch.device(device.value), recorder.observer)
+    with recorder.stage("key map") as told:
+        mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
+        told.text = _keymap_line(mapped.keymap, checkpoint)
+        told.lines = _keymap_samples(mapped.keymap)
+    with recorder.stage("tensors") as told:
+        made = materializer.run(mapped.keymap, mapped.targets)
+        blueprint.place(module, made.tensors)
+        told.text = (
+            f"{format_bytes(made.mapped_bytes)} mapped where they lie, {format_bytes(made.read_bytes)} read and decoded"
+        )
+        told.lines = tuple(_tensor_line(made, fqn) for fqn in islice(made.tensors, _SAMPLES))
+    with recorder.stage("ties, buffers, eval") as told:
+        notes = (*checkpoint.notes, *mapped.notes, *_check_missing(begun, blueprint, mapped, made))
+        missing = set(slots) - set(made.tensors)
+        told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
+    with recorder.stage("generation config") as told:
+        told.text = _generation_config(begun, module)
+    return module, _reporter(begun, blueprint, module, made, device, notes)
+
+
+def _blueprint(begun: Begun) -> Blueprint:
+    request = begun.request
+    if request.into is not None:
+        return PlainModule(factory=request.into, config=request.config, rename=request.rename, convert=request.convert)
+    with begun.recorder.stage("class") as told:
+        from loadstone.architecture.transformers import Wanted, describe
+        from loadstone.architecture.transformers_model import TransformersModel
+
+        config = begun.checkpoint.config or {}
+        described = describe(
+            config,
+            Wanted(
+                root=begun.checkpoint.root,
+                name=request.name,
+                architecture=request.architecture,
+                attn_implementation=request.attn_implementation,
+                trust_remote_code=request.trust_remote_code,
+            ),
+        )
+        blueprint = TransformersModel(
+            described=described,
+            tolerates_unexpected=request.architecture is not None
+            and described.model_class.__name__ not in (config.get("architectures") or ()),
+        )
+        told.text = (
+            f'model_type "{config.get("model_type")}" -> {type(described.config).__name__}; {blueprint.chosen_by} -> '
+            f"{described.model_class.__module__}.{blueprint.name}"
+        )
+        told.lines = (
+            f'model_type "{config.get("model_type")}" -> {type(described.config).__module__}.'
+            f"{type(described.config).__name__}",
+            f"{blueprint.chosen_by} -> {described.model_class.__module__}.{blueprint.name}",
+        )
+    return blueprint
+
+
+def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
+    with begun.recorder.stage("placement") as told:
+        nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
+        device = choose_device(machine(), begun.request.device, nbytes)
+        told.text = f"{device.value}: {device.reason}"
+    return device
+
+
+def _map(
+    begun: Begun,
+    blueprint: Blueprint,
+    module: nn.Module,
+    slots: Mapping[str, Slot],
+    sources: tuple[Checkpoint, Materializer],
+) -> _Mapped:
+    checkpoint, materializer = sources
+    rules = _rules(begun)
+    # A plain module keeps what is stored unless a dtype is asked for.
+    stays = begun.request.into is not None and begun.request.dtype in (None, "auto")
+    dtypes = blueprint.dtypes(module, None if stays else begun.dtype.value)
+    around = Surroundings(checkpoint=checkpoint, slots=slots, dtypes=dtypes, source=materializer.source)
+    keymap = check_assignments(blueprint.map_keys(module, around), slots, checkpoint, rules)
+    left_over = set(keymap.unexpected)
+    known = blueprint.expected_unexpected(module, left_over)
+    tolerant = blueprint.tolerates_unexpected
+    unexpected = [name for name in keymap.unexpected if name not in known]
+    notes = [*keymap.notes, *check_unexpected(unexpected, slots, replace(rules, strict=rules.strict and not tolerant))]
+    if known:
+        notes.append(
+            f"{len(known)} tensors that the class no longer uses were left out: {', '.join(sorted(known)[:3])}"
+        )
+    notes.extend(_kept_dtypes(dtypes, begun.dtype.value, slots))
+    targets = {
+        assignment.target: Target(
+            shape=slots[assignment.target].shape,
+            dtype=dtypes[assignment.target] or _stored_dtype(assignment, checkpoint, slots),
+        )
+        for assignment in keymap.assignments
+    }
+    return _Mapped(module=module, slots=slots, keymap=keymap, targets=targets, notes=tuple(notes))
+
+
+def _stored_dtype(assignment: Assignment, checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> str:
+    stored = checkpoint.tensors[assignment.parts[0].source].dtype
+    return stored if DTYPES[stored].floating else slots[assignment.target].dtype
+
+
+def _rules(begun: Begun) -> Rules:
+    request = begun.request
+    return Rules(where=request.name, strict=request.strict, allow_missing=request.allow_missing)
+
+
+def _kept_dtypes(dtypes: Mapping[str, str | None], main: str, slots: Mapping[str, Slot]) -> list[str]:
+    kept = [
+        (dtype, fqn)
+        for fqn, dtype in dtypes.items()
+        if dtype is not None and dtype != main and DTYPES[dtype].floating and not slots[fqn].is_buffer
+    ]
+    return [
+        f"{count} tensors kept in {dtype}, as their class wants: {next(fqn for kind, fqn in kept if kind == dtype)}"
+        + (", ..." if count > 1 else "")
+        for dtype, count in Counter(dtype for dtype, _ in kept).items()
+    ]
+
+
+def _keymap_line(keymap: KeyMap, checkpoint: Checkpoint) -> str:
+    renamed = sum(
+        len(assignment.parts) == 1 and assignment.parts[0].source != assignment.target
+        for assignment in keymap.assignments
+    )
+    fused = sum(len(assignment.parts) > 1 for assignment in keymap.assignments)
+    extras = [
+        f"{count} {what}"
+        for count, what in ((renamed, "renamed"), (fused, "fused"), (len(keymap.conversions), "converted"))
+        if count
+    ]
+    return f"{len(checkpoint.tensors):,} tensors -> {len(keymap.assignments) + len(keymap.conversions):,} places" + (
+        f" ({', '.join(extras)})" if extras else ""
+    )
+
+
+def _keymap_samples(keymap: KeyMap) -> tuple[str, ...]:
+    """One line for each kind of mapping that occurs, the unusual kinds first."""
+    lines: list[str] = []
+    for assignment in sorted(keymap.assignments, key=lambda assignment: -len(assignment.parts)):
+        first = assignment.parts[0].source
+        count = f" and {len(assignment.parts) - 1} more" if len(assignment.parts) > 1 else ""
+        if first != assignment.target or len(lines) < 2:
+            lines.append(f"{first}{count} -> {assignment.target}")
+        if len(lines) == _SAMPLES:
+            break
+    return (*lines, *(f"{conversion.sources} computed -> {conversion.name}" for conversion in keymap.conversions[:2]))
+
+
+def _tensor_line(made: Materialized, fqn: str) -> str:
+    tensor = made.tensors[fqn]
+    return f"{fqn} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _check_missing(begun: Begun, blueprint: Blueprint, mapped: _Mapped, made: Materialized) -> tuple[str, ...]:
+    missing = set(mapped.slots) - set(made.tensors)
+    faults = missing - blueprint.expected_missing(mapped.module, missing)
+    return check_missing(faults, mapped.keymap.unexpected, _rules(begun))
+
+
+def _generation_config(begun: Begun, module: nn.Module) -> str:
+    if begun.request.into is not None:
+        return "none: not a transformers class"
+    from loadstone.architecture.transformers import adopt_generation_config
+
+    return adopt_generation_config(module, begun.checkpoint.root)
+
+
+def _reporter(
+    begun: Begun,
+    blueprint: Blueprint,
+    module: nn.Module,
+    made: Materialized,
+    device: Choice,
+    notes: tuple[str, ...],
+) -> FinishReport:
+    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+
+    def finish(peak: ResidentBytes, seconds: float) -> LoadReport:
+        return LoadReport(
+            source=begun.request.name,
+            model_class=blueprint.name,
+            chosen_by=blueprint.chosen_by,
+            files=tuple(str(file.path) for file in begun.checkpoint.files),
+            num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+            weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            dtype=begun.dtype,
+            device=device,
+            attention=_attention(begun, module),
+            phases=tuple(begun.recorder.finished),
+            seconds=seconds,
+            mapped_bytes=made.mapped_bytes,
+            read_bytes=made.read_bytes,
+            before=begun.before,
+            peak=peak,
+            rates=cached(begun.checkpoint.files[0].path, cache_folder()),
+            cuda=_cuda_memory(device.value),
+            notes=notes,
+        )
+
+    return finish
+
+
+def _attention(begun: Begun, module: nn.Module) -> Choice:
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if chosen is None:
+        return Choice(value="its own", reason="the class does not say")
+    if begun.request.attn_implementation is not None:
+        return Choice(value=chosen, reason="asked for")
+    if chosen == "sdpa":
+        return Choice(value=chosen, reason="torch's fused attention, which this class supports")
+    return Choice(value=chosen, reason="the class supports nothing faster here")
+
+
+def _cuda_memory(device: str) -> CudaMemory | None:
+    if not device.startswith("cuda"):
+        return None
+    stats = torch.cuda.memory_stats(device)
+    return CudaMemory(
+        allocated_bytes=stats["allocated_bytes.all.current"],
+        reserved_bytes=stats["reserved_bytes.all.current"],
+        peak_bytes=stats["allocated_bytes.all.peak"],
+        fragmented_bytes=stats["inactive_split_bytes.all.current"],
+        num_retries=stats["num_alloc_retries"],
+    )

@@ -1,0 +1,283 @@
+"""`load`: the first half, without torch. Headers are read and bytes set in motion before anything heavy is imported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.api.pause import paused_gc
+from loadstone.api.registry import Loaded, remember
+from loadstone.architecture.gguf import config_from_metadata, tensor_targets
+from loadstone.architecture.keymap import RenameRules
+from loadstone.checkpoint.open import open_checkpoint
+from loadstone.checkpoint.hub_cache import HubAccess
+from loadstone.checkpoint.resolve import Source
+from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
+from loadstone.dtypes import DTYPES
+from loadstone.errors import InvalidConfig
+from loadstone.events import Observer, Recorder, ignore
+from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
+from loadstone.hardware.probe import may_have_accelerator
+from loadstone.plan.choose import Choice, check_counts, choose_dtype
+from loadstone.stream.host import Ahead
+from loadstone.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# The part of free memory that mapped files may be brought into: beyond it they would push out each other.
+_PREFAULT_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The arguments of `load`, checked; see there."""
+
+    source: Source
+    architecture: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    attn_implementation: str | None = None
+    access: HubAccess = field(default_factory=HubAccess)
+    trust_remote_code: bool = False
+    strict: bool = True
+    allow_missing: tuple[str, ...] = ()
+    into: Callable[..., nn.Module] | None = None
+    config: Mapping[str, Any] | None = None
+    rename: RenameRules | None = None
+    convert: Callable[..., Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """The source as people call it."""
+        if isinstance(self.source, str | Path):
+            return str(self.source)
+        return ", ".join(str(part) for part in self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A load whose bytes are under way.
+
+    Attributes:
+        request: what was asked for.
+        checkpoint: what the headers say.
+        dtype: the floating-point dtype.
+        ahead: the bytes.
+        recorder: the stages so far.
+        start: when it began, on the clock of `time.perf_counter`.
+        before: resident memory then.
+    """
+
+    request: Request
+    checkpoint: Checkpoint
+    dtype: Choice
+    ahead: Ahead
+    recorder: Recorder
+    start: float
+    before: ResidentBytes
+
+
+def load(
+    source: Source,
+    *,
+    architecture: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    strict: bool = True,
+    allow_missing: Collection[str] = (),
+    progress: Observer | None = None,
+    into: Callable[..., nn.Module] | None = None,
+    config: Mapping[str, Any] | None = None,
+    rename: RenameRules | None = None,
+    convert: Callable[..., Any] | None = None,
+) -> nn.Module:
+    """Load a model, ready to use: in eval mode, ties, buffers and generation config in place.
+
+    Args:
+        source: a folder in Hugging Face layout, a weight file (.safetensors, .gguf, .bin, .pt), a list of weight files
+            that are one checkpoint, or a hub id. Complete local or cached files are used without a network call.
+        architecture: the name of a transformers class, `"LlamaModel"` or `"AutoModelForCausalLM"`; by default what
+            config.json's `architectures` says.
+        dtype: a torch dtype or its name; "auto" means as stored, as in transformers; None lets Loadstone choose, which
+            is as stored for now (float32 for GGUF blocks).
+        device: where the weights go, as torch writes it; None lets Loadstone choose.
+        attn_implementation: as in transformers: "sdpa", "eager", "flash_attention_2", ...
+        local_files_only: never ask the network.
+        revision: the branch, tag or commit of a hub id.
+        token: a hub token for gated models; by default the one `hf auth login` has stored.
+        cache_dir: the hub cache, where it is not the usual one.
+        trust_remote_code: run the model code that the checkpoint brings. Read it first.
+        strict: a missing, left-over or mismatched tensor is an error; otherwise it is a note in the report. A load in
+            which no tensor fits is always an error.
+        allow_missing: names (or shell patterns) of parameters that may be missing although `strict`; they get the value
+            that their class initialises them with.
+        progress: is called with the events of `loadstone.events`.
+        into: any `nn.Module` class, or a function that returns a module, instead of a transformers class; it is built
+            without running its initialisers.
+        config: the keyword arguments of `into`.
+        rename: for `into`: whole names or dotted prefixes and what replaces them, or (pattern, replacement) pairs.
+        convert: for `into`: takes the renamed checkpoint as a lazy mapping from names to tensors and returns the
+            state dict; what it does not touch is not read.
+
+    Returns:
+        The module. `loadstone.of(model).report` tells what was done.
+
+    Raises:
+        LoadstoneError: see `loadstone.errors`; nothing is left behind.
+        ValueError: an argument means nothing, or contradicts another.
+    """
+    request = Request(
+        source=source,
+        architecture=architecture,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        device=None if device is None else str(device),
+        attn_implementation=attn_implementation,
+        access=HubAccess(
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            trust_remote_code=trust_remote_code,
+        ),
+        trust_remote_code=trust_remote_code,
+        strict=strict,
+        allow_missing=tuple(allow_missing),
+        into=into,
+        config=config,
+        rename=rename,
+        convert=convert,
+    )
+    _check(request)
+    with PeakWatch() as watch, paused_gc(), _begun(request, progress or ignore) as begun:
+        with begun.recorder.stage("import") as told:
+            from loadstone.api.assemble import assemble
+
+            told.text = "torch and the model code, while the weights are on their way"
+        model, finish_report = assemble(begun)
+    remember(model, Loaded(report=finish_report(watch.peak, time.perf_counter() - begun.start)))
+    return model
+
+
+def _check(request: Request) -> None:
+    for name in ("config", "rename", "convert"):
+        if request.into is None and getattr(request, name) is not None:
+            raise ValueError(f"{name}= needs into=, the module class that it is for.")
+    for name in ("architecture", "attn_implementation"):
+        if request.into is not None and getattr(request, name) is not None:
+            raise ValueError(f"{name}= names something of transformers and cannot go with into=.")
+
+
+@contextmanager
+def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
+    """Read the headers and set the bytes in motion; they are stopped where the load fails."""
+    recorder = Recorder(observer=observer)
+    start, before = time.perf_counter(), resident()
+    checkpoint = read_headers(request.source, request.access, recorder)
+    if request.into is None:
+        checkpoint = _with_config(checkpoint)
+        check_counts(checkpoint.config or {}, checkpoint)
+    dtype = choose_dtype(checkpoint, request.dtype)
+    ahead = Ahead(observer)
+    begun = Begun(
+        request=request,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        ahead=ahead,
+        recorder=recorder,
+        start=start,
+        before=before,
+    )
+    try:
+        _set_in_motion(begun)
+        yield begun
+    except BaseException:
+        ahead.abandon()
+        raise
+
+
+def read_headers(source: Source, access: HubAccess, recorder: Recorder) -> Checkpoint:
+    """Resolve the source and read its headers, as a stage of a load.
+
+    Args:
+        source: as for `load`.
+        access: how the hub may be used.
+        recorder: times the stage.
+
+    Returns:
+        The checkpoint.
+    """
+    with recorder.stage("headers") as told:
+        checkpoint = open_checkpoint(
+            source,
+            revision=access.revision,
+            local_files_only=access.local_files_only,
+            hub=access,
+            observer=recorder.observer,
+        )
+        told.text = (
+            f"{checkpoint.format.value}, {len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}, "
+            f"{len(checkpoint.tensors):,} tensors, {format_count(checkpoint.num_parameters)} parameters, "
+            f"{format_bytes(checkpoint.nbytes)}"
+        )
+        told.lines = _header_lines(checkpoint)
+    return checkpoint
+
+
+def _header_lines(checkpoint: Checkpoint) -> tuple[str, ...]:
+    lines = [f"folder {checkpoint.root}"]
+    lines += [f"{file.path.name}: {format_bytes(file.nbytes)}" for file in checkpoint.files]
+    lines.append("config.json read" if checkpoint.config is not None else "no config.json")
+    if checkpoint.metadata:
+        lines.append(f"metadata: {', '.join(list(checkpoint.metadata)[:6])}")
+    return tuple(lines)
+
+
+def _with_config(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.format is Format.GGUF:
+        return replace(checkpoint, config=config_from_metadata(checkpoint))
+    if checkpoint.config is None:
+        raise InvalidConfig(
+            f"{checkpoint.root}: there is no config.json beside the weights, so no class can be chosen; add it, or "
+            "pass into= with your own class."
+        )
+    return checkpoint
+
+
+def _set_in_motion(begun: Begun) -> None:
+    request, checkpoint = begun.request, begun.checkpoint
+    total_bytes = sum(file.nbytes for file in checkpoint.files)
+    if total_bytes > _PREFAULT_SHARE * host_memory()[1]:
+        return  # what comes in now would push out what came before
+    on_cpu = request.device == "cpu" or (request.device is None and not may_have_accelerator())
+    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=on_cpu and request.convert is None)
+
+
+def _likely_dtype(begun: Begun) -> Callable[[TensorInfo], str]:
+    """What each tensor will most likely be wanted in; a wrong guess costs time, never correctness."""
+    rearranged: Sequence[str] = ()
+    if begun.checkpoint.format is Format.GGUF and begun.request.into is None:
+        targets = tensor_targets(begun.checkpoint, begun.checkpoint.config or {})
+        rearranged = [name for name, target in targets.items() if target.layout is not None]
+    as_float32 = frozenset(rearranged)
+    stays = begun.request.into is not None and begun.request.dtype in (None, "auto")
+
+    def likely(info: TensorInfo) -> str:
+        if info.name in as_float32:
+            return "float32"
+        if stays or not DTYPES[info.dtype].floating:
+            return info.dtype
+        return begun.dtype.value
+
+    return likely

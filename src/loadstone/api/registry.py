@@ -1,0 +1,55 @@
+"""What Loadstone knows of models it loaded, kept beside them: nothing is stuck on the module itself."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loadstone.report.load_report import LoadReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LOCK = threading.Lock()
+_LOADED: weakref.WeakKeyDictionary[nn.Module, Loaded] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What is known of a loaded model.
+
+    Attributes:
+        report: of its load.
+    """
+
+    report: LoadReport
+
+
+def remember(model: nn.Module, loaded: Loaded) -> None:
+    """Keep `loaded` for as long as the model lives."""
+    with _LOCK:
+        _LOADED[model] = loaded
+
+
+def of(model: nn.Module) -> Loaded:
+    """What Loadstone knows of a model that it loaded.
+
+    Args:
+        model: what `loadstone.load` returned.
+
+    Returns:
+        Its report.
+
+    Raises:
+        ValueError: the model was not loaded by Loadstone.
+    """
+    with _LOCK:
+        found = _LOADED.get(model)
+    if found is None:
+        raise ValueError(
+            f"this {type(model).__name__} was not loaded by loadstone.load; only the module that load() returned is "
+            "known, not its submodules or copies."
+        )
+    return found

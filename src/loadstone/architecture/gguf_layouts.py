@@ -1,0 +1,166 @@
+"""How llama.cpp's converter laid a tensor out differently from transformers, as data, and how to undo it.
+
+Source: https://github.com/ggml-org/llama.cpp/tree/master/conversion (modify_tensors of each model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpermuteHeads:
+    """Rows of each of `num_heads` heads are pairs (x0, y0, x1, y1, ...); transformers wants halves (x..., y...)."""
+
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddConstant:
+    """A constant was folded in; add `value` to take it out again (norms stored as `weight + 1`: -1)."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transpose:
+    """The last two dimensions are swapped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reshape:
+    """Dimensions of size one were dropped; -1 stands for what is left."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogNegate:
+    """Stored is `-exp(x)`; transformers wants x."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupQkv:
+    """Stored are all queries, all keys, all values; transformers wants them by key-value head: queries, key, value."""
+
+    num_heads: int
+    num_kv_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupHeads:
+    """Value heads lie tiled (all first ones of each key head, all second ones, ...); transformers has them by key head.
+
+    Attributes:
+        num_groups: the key heads.
+        heads_per_group: value heads of each.
+        head_dim: the entries of a value head along `dim`.
+        dim: the dimension they lie along.
+        offset: entries of `dim` in front of them, which stay.
+    """
+
+    num_groups: int
+    heads_per_group: int
+    head_dim: int = 1
+    dim: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Several differences, undone in this order."""
+
+    layouts: tuple[Layout, ...]
+
+
+Layout = UnpermuteHeads | AddConstant | Transpose | Reshape | LogNegate | GroupQkv | GroupHeads | Chain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A slice of the parameter: entries `start`, `start + step`, ... below `stop` of dimension `dim`."""
+
+    dim: int
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The index that takes this part from the parameter (from a numpy array or a torch tensor)."""
+        return (slice(None),) * self.dim + (slice(self.start, self.stop, self.step),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTarget:
+    """Where a GGUF tensor belongs.
+
+    Attributes:
+        name: the fqn of the parameter.
+        layout: how the decoded array differs from it, or None.
+        part: the slice of the parameter that it fills after its layout is undone, or None for all of it.
+    """
+
+    name: str
+    layout: Layout | None = None
+    part: Part | None = None
+
+
+def apply_layout(layout: Layout | None, array: Array) -> Array:
+    """Undo a layout.
+
+    Args:
+        layout: the difference, or None.
+        array: the decoded tensor, in the shape that the GGUF header gives.
+
+    Returns:
+        The array as transformers has it: a view of `array` where that is possible, else a new array.
+    """
+    return array if layout is None else _UNDO[type(layout)](layout, array)
+
+
+def _unpermute_heads(layout: UnpermuteHeads, array: Array) -> Array:
+    half = array.shape[0] // layout.num_heads // 2
+    return array.reshape(layout.num_heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _group_qkv(layout: GroupQkv, array: Array) -> Array:
+    heads, groups = layout.num_heads, layout.num_kv_heads
+    head_dim = array.shape[0] // (heads + 2 * groups)
+    split = array.reshape(heads + 2 * groups, head_dim, *array.shape[1:])
+    queries = split[:heads].reshape(groups, heads // groups, *split.shape[1:])
+    keys, values = split[heads : heads + groups, None], split[heads + groups :, None]
+    return np.concatenate((queries, keys, values), axis=1).reshape(array.shape)
+
+
+def _group_heads(layout: GroupHeads, array: Array) -> Array:
+    moved = np.moveaxis(array, layout.dim, 0)
+    tail = moved[layout.offset :]
+    tiled = tail.reshape(layout.heads_per_group, layout.num_groups, layout.head_dim, *tail.shape[1:])
+    grouped = tiled.swapaxes(0, 1).reshape(tail.shape)
+    return np.moveaxis(np.concatenate((moved[: layout.offset], grouped)), 0, layout.dim)
+
+
+def _chain(layout: Chain, array: Array) -> Array:
+    for step in layout.layouts:
+        array = apply_layout(step, array)
+    return array
+
+
+_UNDO: dict[type, Callable[[Any, Array], Array]] = {
+    UnpermuteHeads: _unpermute_heads,
+    AddConstant: lambda layout, array: array + np.asarray(layout.value, array.dtype),
+    Transpose: lambda layout, array: array.swapaxes(-1, -2),
+    Reshape: lambda layout, array: array.reshape(layout.shape),
+    LogNegate: lambda layout, array: np.log(-array),
+    GroupQkv: _group_qkv,
+    GroupHeads: _group_heads,
+    Chain: _chain,
+}

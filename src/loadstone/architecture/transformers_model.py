@@ -1,0 +1,97 @@
+"""A transformers model class as a blueprint: how it is built, filled and finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadstone.architecture import transformers as bridge
+from loadstone.architecture.blueprint import Surroundings
+from loadstone.architecture.gguf import tensor_targets
+from loadstone.architecture.keymap import Assignment, KeyMap, Part
+from loadstone.architecture.skeleton import Slot, replace_tensor
+from loadstone.architecture.transformers_keymap import map_keys
+from loadstone.checkpoint.values import Checkpoint, Format
+
+
+@dataclass(slots=True)
+class TransformersModel:
+    """The blueprint of a model that transformers knows.
+
+    Attributes:
+        described: its class and config.
+        tolerates_unexpected: the caller named another class than the checkpoint's own, so that tensors of the
+            checkpoint's head are left over by intent.
+    """
+
+    described: bridge.Described
+    tolerates_unexpected: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the class."""
+        return str(self.described.model_class.__name__)
+
+    @property
+    def chosen_by(self) -> str:
+        """Where the class came from."""
+        return self.described.chosen_by
+
+    def build(self, dtype: torch.dtype) -> nn.Module:
+        """The model on meta."""
+        return bridge.build(self.described, dtype)
+
+    def dtypes(self, module: nn.Module, dtype: str | None) -> dict[str, str | None]:
+        """The dtype transformers loads each place in; some classes keep routers, `A_log` or sinks in float32."""
+        main = getattr(torch, dtype or "float32")
+        kept = bridge.dtype_by_fqn(module, main)
+        return {fqn: str(kept_dtype).removeprefix("torch.") for fqn, kept_dtype in kept.items()}
+
+    def map_keys(self, module: nn.Module, around: Surroundings) -> KeyMap:
+        """transformers' conversion mapping, or the GGUF names."""
+        if around.checkpoint.format is Format.GGUF:
+            return _gguf_keys(around.checkpoint, around.slots)
+        return map_keys(module, around)
+
+    def expected_missing(self, module: nn.Module, missing: set[str]) -> set[str]:
+        """Tied to what is there, or computed by the class."""
+        return bridge.expected_missing(module, missing)
+
+    def expected_unexpected(self, module: nn.Module, unexpected: set[str]) -> set[str]:
+        """Leftovers of older versions that the class knows."""
+        return bridge.expected_unexpected(module, unexpected)
+
+    def place(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensors in; ties are made by `finish`."""
+        state: Mapping[str, Any] = module.state_dict(keep_vars=True)
+        for fqn, tensor in tensors.items():
+            if isinstance(state[fqn], nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())  # noqa: PLW2901
+            replace_tensor(module, fqn, tensor)
+
+    def finish(self, module: nn.Module, missing: set[str], device: torch.device) -> str:
+        """Buffers, ties, missing tensors, eval mode, as the class does it."""
+        bridge.finish(module, missing, device)
+        ties: Mapping[str, str] = getattr(module, "all_tied_weights_keys", {})
+        tied = ", ".join(f"{target} = {source}" for target, source in list(ties.items())[:3])
+        return f"tied: {tied}" + (f" and {len(ties) - 3} more" if len(ties) > 3 else "") if ties else "no ties"
+
+
+def _gguf_keys(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> KeyMap:
+    assignments: dict[str, list[Part]] = {}
+    unexpected = []
+    targets = tensor_targets(checkpoint, checkpoint.config or {})
+    for name, info in checkpoint.tensors.items():
+        target = targets.get(name)
+        if target is None or target.name not in slots:
+            unexpected.append(name)
+            continue
+        assignments.setdefault(target.name, []).append(Part(source=name, shape=info.shape, layout=target.layout))
+    return KeyMap(
+        assignments=tuple(Assignment(target=fqn, parts=tuple(parts)) for fqn, parts in assignments.items()),
+        unexpected=tuple(unexpected),
+    )

@@ -1,0 +1,134 @@
+"""Opening files that may not be what their name says: a pipe, a folder, a git-LFS pointer, a JSON that is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadstone.errors import LoadstoneError, NotACheckpoint, SourceNotFound, TruncatedFile
+from loadstone.units import format_bytes
+
+# Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md (the first line of every pointer)
+LFS_MAGIC = b"version https://git-lfs"
+
+Fault = Callable[[str], LoadstoneError]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFile:
+    """A regular file that is open for reading.
+
+    Attributes:
+        path: where it lies.
+        fd: its descriptor, closed when the `with` ends.
+        nbytes: its size.
+    """
+
+    path: Path
+    fd: int
+    nbytes: int
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Read exactly `nbytes` at `offset`.
+
+        Raises:
+            TruncatedFile: the file ends before.
+        """
+        parts = []
+        while nbytes > 0:
+            part = os.pread(self.fd, nbytes, offset)
+            if not part:
+                raise TruncatedFile(
+                    f"{self.path}: expected {nbytes} more bytes at offset {offset}, found the end of the file; "
+                    "copy or download it again."
+                )
+            parts.append(part)
+            offset += len(part)
+            nbytes -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[OpenFile]:
+    """Open a regular file for reading; a pipe, a device or a folder is refused, never waited for.
+
+    Raises:
+        SourceNotFound: there is no such file.
+        NotACheckpoint: it is not a regular file, or may not be read.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait forever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise SourceNotFound(f"{path}: expected a file, found nothing there; check the path.") from None
+    except OSError as error:
+        raise NotACheckpoint(f"{path}: expected a readable file; opening it failed: {error.strerror}.") from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+            raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass a weight file.")
+        yield OpenFile(path=path, fd=fd, nbytes=status.st_size)
+    finally:
+        os.close(fd)
+
+
+class _DuplicateKeyError(ValueError):
+    """A JSON object that has the same key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _DuplicateKeyError(twice)
+    return result
+
+
+def parse_json_object(text: bytes, *, where: str, fault: Fault) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no key twice, no nesting that exhausts the stack.
+
+    Args:
+        text: the bytes.
+        where: what a message begins with: the file, and the part of it.
+        fault: the error class to raise.
+    """
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise fault(f"{where}: expected UTF-8, found an invalid byte at {error.start}; download it again.") from None
+    except _DuplicateKeyError as error:
+        raise fault(f"{where}: the key {error} stands there twice; expected each once. Write the file anew.") from None
+    except RecursionError:
+        raise fault(f"{where}: the JSON is nested too deeply to be what it should be; download it again.") from None
+    except ValueError as error:
+        raise fault(f"{where}: expected JSON, found what does not parse ({error}); download it again.") from None
+    if not isinstance(value, dict):
+        raise fault(f"{where}: expected a JSON object, found a {type(value).__name__}; download it again.")
+    return value
+
+
+def read_json_object(path: Path, *, max_bytes: int, fault: Fault) -> dict[str, Any]:
+    """Read a file that holds one JSON object, of at most `max_bytes` bytes."""
+    with open_regular(path) as file:
+        if file.nbytes > max_bytes:
+            raise fault(
+                f"{path}: expected at most {format_bytes(max_bytes)} of JSON, found {format_bytes(file.nbytes)}; "
+                "this is not the file its name says."
+            )
+        text = file.read(0, file.nbytes)
+    if text.startswith(LFS_MAGIC):
+        raise fault(lfs_message(path))
+    return parse_json_object(text, where=str(path), fault=fault)
+
+
+def lfs_message(path: Path) -> str:
+    """What to say about a file that is only a git-LFS pointer."""
+    return f"{path}: expected the file itself, found a git-LFS pointer to it; run `git lfs pull` in its folder."

@@ -1,0 +1,199 @@
+"""Opens any source as one `Checkpoint`: which files, of which format, with which tensors and which config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loadstone.checkpoint.files import LFS_MAGIC, lfs_message, open_regular, read_json_object
+from loadstone.checkpoint.hub_cache import HubAccess
+from loadstone.checkpoint.layout import Weights, weights_at, weights_in
+from loadstone.checkpoint.resolve import Source, resolve
+from loadstone.checkpoint.safetensors import MAX_HEADER_BYTES, read_safetensors
+from loadstone.checkpoint.sharded import check_present, honour
+from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
+from loadstone.errors import InvalidConfig, InvalidHeader, NotACheckpoint, TruncatedFile, UnsupportedFormat
+from loadstone.events import Observer, ignore
+
+MAX_CONFIG_BYTES = 16_000_000
+
+_SUFFIX_FORMATS = {".safetensors": Format.SAFETENSORS, ".gguf": Format.GGUF}
+
+# First bytes. Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, APPNOTE.TXT of .ZIP (4.3.7),
+# https://docs.python.org/3/library/pickletools.html (PROTO)
+_MAGIC_FORMATS = {b"GGUF": Format.GGUF, b"PK\x03\x04": Format.TORCH_PICKLE}
+_PICKLE_MAGICS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contents:
+    """What one weight file holds."""
+
+    format: Format
+    file: CheckpointFile
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_checkpoint(
+    source: Source,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    hub: HubAccess | None = None,
+    observer: Observer = ignore,
+) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Args:
+        source: a folder, a weight file, an index, a list of weight files that are one checkpoint, or a hub id.
+        revision: the branch, tag or commit of a hub id; `main` if None.
+        local_files_only: never ask the network.
+        hub: token, cache folder and what may be downloaded, where it is not the usual.
+        observer: is told of downloaded bytes.
+
+    Returns:
+        Its tensors, metadata and config; no byte of a tensor has been read.
+
+    Raises:
+        SourceError: there is no such source, or it is not a checkpoint of a format that is read.
+        CorruptCheckpoint: a file contradicts itself.
+        InvalidConfig: config.json or generation_config.json is not a JSON object.
+    """
+    access = replace(hub or HubAccess(), revision=revision, local_files_only=local_files_only)
+    resolved = resolve(source, access, observer)
+    if resolved.files is None:
+        weights = weights_in(resolved.root)
+    elif len(resolved.files) == 1:
+        weights = weights_at(resolved.files[0])
+    else:
+        weights = Weights(files=resolved.files)
+    return _assemble(resolved.root, weights)
+
+
+def _assemble(root: Path, weights: Weights) -> Checkpoint:
+    index = weights.index
+    if index:
+        check_present(index)
+    contents = [_read(path) for path in weights.files]
+    format_ = _same_format(contents)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, Any] = {}
+    ignored = 0
+    for content, shard in zip(contents, index.shards if index else [""] * len(contents), strict=True):
+        kept = honour(index, shard, content.tensors) if index else content.tensors
+        ignored += len(content.tensors) - len(kept)
+        _check_no_repeat(tensors, kept)
+        tensors.update(kept)
+        metadata.update(content.metadata)
+    metadata.update(index.metadata if index else {})
+    implied = next((content.config for content in contents if content.config is not None), None)
+    return Checkpoint(
+        format=format_,
+        root=root,
+        files=tuple(content.file for content in contents),
+        tensors=tensors,
+        metadata=metadata,
+        # A GGUF file describes itself; the config.json beside one is often a stub that only names the family.
+        config=implied if implied is not None else _json(root / "config.json"),
+        generation_config=_json(root / "generation_config.json"),
+        notes=_notes(contents, ignored),
+    )
+
+
+def _notes(contents: Iterable[_Contents], ignored: int) -> tuple[str, ...]:
+    notes = [note for content in contents for note in content.notes]
+    if ignored:
+        notes.append(f"{ignored} tensors that the index does not name were left out")
+    return tuple(dict.fromkeys(notes))
+
+
+def _same_format(contents: list[_Contents]) -> Format:
+    for content in contents:
+        if content.format is not contents[0].format:
+            first = contents[0]
+            raise UnsupportedFormat(
+                f"{content.file.path}: expected {first.format.value} as in {first.file.path}, found "
+                f"{content.format.value}; pass files of one format."
+            )
+    return contents[0].format
+
+
+def _check_no_repeat(tensors: Mapping[str, TensorInfo], more: Mapping[str, TensorInfo]) -> None:
+    if twice := next(iter(tensors.keys() & more.keys()), None):
+        raise InvalidHeader(
+            f"{more[twice].file}: expected each tensor in one file, found {twice!r} in {tensors[twice].file} too; "
+            "pass only files that belong to one checkpoint."
+        )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    return read_json_object(path, max_bytes=MAX_CONFIG_BYTES, fault=InvalidConfig)
+
+
+def _read(path: Path) -> _Contents:
+    with open_regular(path) as file:
+        if file.nbytes == 0:
+            raise TruncatedFile(f"{path}: expected a weight file, found an empty one; copy or download it again.")
+        head = file.read(0, min(64, file.nbytes))
+        nbytes = file.nbytes
+    format_ = _format_of(path, head)
+    return _READERS[format_](CheckpointFile(path=path, nbytes=nbytes))
+
+
+def _format_of(path: Path, head: bytes) -> Format:
+    """Tell the format by the first bytes; the suffix only decides what a damaged file was meant to be."""
+    if head.startswith(LFS_MAGIC):
+        raise NotACheckpoint(lfs_message(path))
+    for magic, format_ in _MAGIC_FORMATS.items():
+        if head.startswith(magic):
+            return format_
+    if int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:9] == b"{":
+        return Format.SAFETENSORS
+    if head.startswith(_PICKLE_MAGICS):
+        return Format.TORCH_PICKLE
+    if path.suffix in _SUFFIX_FORMATS:
+        return _SUFFIX_FORMATS[path.suffix]
+    raise NotACheckpoint(
+        f"{path}: expected safetensors, GGUF or a torch pickle, found a file that begins with {head[:16]!r}; "
+        "pass a weight file."
+    )
+
+
+def _read_safetensors(file: CheckpointFile) -> _Contents:
+    tensors, metadata = read_safetensors(file.path)
+    return _Contents(format=Format.SAFETENSORS, file=file, tensors=tensors, metadata=metadata)
+
+
+def _read_torch_pickle(file: CheckpointFile) -> _Contents:
+    from loadstone.checkpoint.torch_pickle import read_torch_pickle
+
+    tensors, notes = read_torch_pickle(file.path)
+    return _Contents(format=Format.TORCH_PICKLE, file=file, tensors=tensors, notes=notes)
+
+
+def _read_gguf(file: CheckpointFile) -> _Contents:
+    from loadstone.checkpoint.gguf import read_gguf
+
+    found = read_gguf(file.path)
+    return _Contents(
+        format=Format.GGUF,
+        file=file,
+        tensors=found.tensors,
+        metadata=found.metadata,
+        config=found.config,
+        notes=found.notes,
+    )
+
+
+_READERS: dict[Format, Callable[[CheckpointFile], _Contents]] = {
+    Format.SAFETENSORS: _read_safetensors,
+    Format.TORCH_PICKLE: _read_torch_pickle,
+    Format.GGUF: _read_gguf,
+}

@@ -1,0 +1,83 @@
+"""Turns what a user names into local files: a path, or a hub id whose cache is read before anybody is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadstone.checkpoint.hub_cache import HubAccess, cache_root, cached_snapshot, local_path
+from loadstone.checkpoint.layout import missing_in
+from loadstone.errors import SourceNotFound
+from loadstone.events import Observer, ignore
+
+Source = str | Path | list[str | Path] | tuple[str | Path, ...]
+
+# Source: https://github.com/huggingface/huggingface_hub/blob/main/src/huggingface_hub/utils/_validators.py
+_REPO_ID = re.compile(r"(?=.{1,96}$)(\w[\w.-]*/)?\w([\w.-]*\w)?", re.ASCII)
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """Where a source lies on this machine.
+
+    Attributes:
+        root: the folder in which config and tokenizer are looked for.
+        files: the weight files that were named, in the order given; None if a folder was named.
+        revision: the commit, for a hub id.
+    """
+
+    root: Path
+    files: tuple[Path, ...] | None = None
+    revision: str | None = None
+
+
+def resolve(source: Source, access: HubAccess | None = None, observer: Observer = ignore) -> Resolved:
+    """Find the files of a source; the network is asked only for what is not on this machine.
+
+    Raises:
+        SourceNotFound: no such path, and no such model in the cache or on the hub.
+        DownloadFailed: the hub did not give what is missing.
+        ValueError: an empty list.
+    """
+    if isinstance(source, list | tuple):
+        return _resolve_list(source)
+    path = local_path(source)
+    if os.path.lexists(path):
+        return Resolved(root=path) if path.is_dir() else Resolved(root=path.parent, files=(path,))
+    name = os.fspath(source)
+    if isinstance(source, Path) or not _REPO_ID.fullmatch(name) or "--" in name or ".." in name:
+        raise SourceNotFound(f"{name}: expected a file, a folder or a hub id such as org/name, found no such path.")
+    return _resolve_hub(name, access or HubAccess(), observer)
+
+
+def _resolve_list(source: list[str | Path] | tuple[str | Path, ...]) -> Resolved:
+    if not source:
+        raise ValueError("expected at least one weight file, found an empty list")
+    files = tuple(local_path(item) for item in source)
+    if len(files) == 1 and files[0].is_dir():
+        return Resolved(root=files[0])
+    for file in files:
+        if not file.exists():
+            raise SourceNotFound(f"{file}: expected a weight file, found nothing there; check the path.")
+    return Resolved(root=files[0].parent, files=files)
+
+
+def _resolve_hub(repo_id: str, access: HubAccess, observer: Observer) -> Resolved:
+    snapshot = cached_snapshot(repo_id, access)
+    missing = missing_in(snapshot) if snapshot else ("every file",)
+    if snapshot and not missing:
+        return Resolved(root=snapshot, revision=snapshot.name)
+    if access.local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
+        why = "local_files_only" if access.local_files_only else "HF_HUB_OFFLINE"
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceNotFound(
+            f"{repo_id}: expected the whole model in {cache_root(access)}, did not find {missing[0]}{more}; "
+            f"no such path exists either. The network is not asked because of {why}: run `hf download {repo_id}` first."
+        )
+    from loadstone.checkpoint.download import download
+
+    root = download(repo_id, access, observer)
+    return Resolved(root=root, revision=root.name)

@@ -1,0 +1,57 @@
+"""`loadstone inspect`: what a checkpoint holds, and what loading it does."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loadstone.cli import options
+from loadstone.cli.progress import shown
+
+EPILOG = """[bold]Examples[/bold]
+
+loadstone inspect ./Qwen2.5-7B-Instruct
+
+loadstone inspect model.gguf --json | jq .totals
+
+loadstone inspect --walk ./Qwen2.5-7B-Instruct
+"""
+
+
+def inspect_command(
+    source: options.Source,
+    walk: Annotated[
+        bool, typer.Option("--walk", help="Load it, and tell step by step what that does, with names and timings.")
+    ] = False,
+    revision: options.Revision = None,
+    local_files_only: options.LocalOnly = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show the files, tensors and config of a checkpoint. Only headers are read; torch is not imported."""
+    if walk:
+        _walk(source, revision, local_files_only, as_json)
+        return
+    from loadstone.api.inspect import inspect
+    from loadstone.report import inspection
+
+    with shown(options.err(), quiet=False) as observer:
+        found = inspect(source, revision=revision, local_files_only=local_files_only, progress=observer)
+    if as_json:
+        options.print_json(inspection.to_json(found))
+    else:
+        inspection.render(found, options.out())
+
+
+def _walk(source: str, revision: str | None, local_files_only: bool, as_json: bool) -> None:
+    from loadstone.api.load import load
+    from loadstone.api.registry import of
+    from loadstone.report import walk
+
+    with shown(options.err(), quiet=False) as observer:
+        model = load(source, revision=revision, local_files_only=local_files_only, progress=observer)
+    report = of(model).report
+    if as_json:
+        options.print_json(walk.to_json(report))
+    else:
+        walk.render(report, options.out())

@@ -1,0 +1,147 @@
+"""`loadstone run`: load a model and answer a prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loadstone.checkpoint.demo import demo_model
+from loadstone.cli import options
+from loadstone.cli.progress import shown
+from loadstone.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from loadstone.execute.generate import Generated
+
+EPILOG = """[bold]Examples[/bold]
+
+loadstone run "Why is the sky blue?"
+
+loadstone run ./Qwen2.5-7B-Instruct "Write a haiku about disks" --temperature 0
+
+git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message for this change"
+"""
+
+_DEMO_NAMES = (None, "demo")
+
+
+def run_command(
+    source: options.SourceOrDemo = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; without it, or with -, standard input is read.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default as the model says.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    architecture: options.Architecture = None,
+    dtype: options.Dtype = None,
+    device: options.DeviceOption = None,
+    attn_implementation: options.Attention = None,
+    revision: options.Revision = None,
+    local_files_only: options.LocalOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+) -> None:
+    """Load a model and answer a prompt, token by token.
+
+    With one argument only, the demo model answers it: loadstone run "Why is the sky blue?"
+    """
+    source, text = _source_and_prompt(source, prompt)
+    from loadstone.api.load import load
+    from loadstone.api.tokenizer import load_tokenizer
+    from loadstone.hardware.memory import PeakWatch
+
+    with PeakWatch() as watch:
+        with shown(options.err(), quiet=quiet or as_json) as observer:
+            path = source or str(demo_model(observer))
+            model = load(
+                path,
+                architecture=architecture,
+                dtype=dtype,
+                device=device,
+                attn_implementation=attn_implementation,
+                revision=revision,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+                progress=observer,
+            )
+            tokenizer = load_tokenizer(
+                path, local_files_only=True, revision=revision, trust_remote_code=trust_remote_code
+            )
+        from loadstone.execute.generate import Prompt, Sampling, generate
+
+        made = generate(
+            model,
+            tokenizer,
+            Prompt(text=text, system=system, raw=raw),
+            Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
+            _nothing if as_json else _say,
+        )
+    _close(model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
+
+
+def _source_and_prompt(source: str | None, prompt: str | None) -> tuple[str | None, str]:
+    """One argument that is no source is a prompt for the demo model."""
+    if prompt is None and source is not None and _is_prompt(source):
+        source, prompt = None, source
+    if source in _DEMO_NAMES:
+        source = None
+    if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            options.err().print("Type the prompt, then end it with Ctrl-D.")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give one as an argument or on standard input.")
+    return source, prompt
+
+
+def _is_prompt(argument: str) -> bool:
+    """Sources have no blanks and no question marks; what exists as a path is a source whatever it looks like."""
+    from pathlib import Path
+
+    return any(mark in argument for mark in (" ", "?", "\n")) and not Path(argument).exists()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _nothing(text: str) -> None:
+    """The text is printed whole, as JSON."""
+
+
+def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
+    from loadstone.api.registry import of
+
+    report = of(model).report
+    if as_json:
+        options.print_json(
+            {
+                "text": made.text,
+                "num_prompt_tokens": made.num_prompt_tokens,
+                "num_new_tokens": made.num_new_tokens,
+                "load_s": report.seconds,
+                "first_token_s": made.first_token_s,
+                "tokens_per_s": made.tokens_per_s,
+                "peak_bytes": peak_bytes,
+                "dtype": report.dtype.value,
+                "device": report.device.value,
+            }
+        )
+        return
+    sys.stdout.write("\n")
+    options.err().print(
+        f"\nloaded in {format_seconds(report.seconds)} ({report.dtype.value} on {report.device.value}), "
+        f"first token after {format_seconds(made.first_token_s)}, {made.tokens_per_s:.1f} tokens/s over "
+        f"{made.num_new_tokens} tokens, peak memory {format_bytes(peak_bytes)}",
+        style="dim",
+        highlight=False,
+    )

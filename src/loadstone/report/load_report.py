@@ -1,0 +1,159 @@
+"""What a load did: choices with reasons, phases with seconds, bytes with rates, peaks. As values, text and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from loadstone.events import StageFinished
+from loadstone.hardware.memory import ResidentBytes
+from loadstone.hardware.spec import Rates
+from loadstone.plan.choose import Choice
+from loadstone.units import format_bytes, format_count, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaMemory:
+    """What torch's allocator says of one CUDA device after the load, in bytes.
+
+    Attributes:
+        allocated_bytes: in tensors.
+        reserved_bytes: held by the allocator.
+        peak_bytes: the most that was allocated.
+        fragmented_bytes: reserved, split, and in no tensor.
+        num_retries: how often the allocator had to free its cache and try again.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+    fragmented_bytes: int
+    num_retries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """Everything about one load.
+
+    Attributes:
+        source: as it was called.
+        model_class: the class that was built.
+        chosen_by: where the class came from.
+        files: its weight files.
+        num_parameters: of the module, tied ones counted once.
+        weight_bytes: of the module's parameters and buffers in memory, tied ones counted once.
+        dtype: the floating-point dtype, and why.
+        device: where the weights are, and why.
+        attention: the attention implementation, and why.
+        phases: the stages in order, with seconds.
+        seconds: the wall-clock time of the whole load.
+        mapped_bytes: used where they lie in the file; the disk is read when they are touched, or by the prefault.
+        read_bytes: read into memory during the load.
+        before: resident memory when the load began.
+        peak: the most resident memory during the load.
+        rates: what the machine was measured to do at best; None where it was not measured.
+        cuda: the allocator's figures, on CUDA.
+        notes: what was noticed.
+    """
+
+    source: str
+    model_class: str
+    chosen_by: str
+    files: tuple[str, ...]
+    num_parameters: int
+    weight_bytes: int
+    dtype: Choice
+    device: Choice
+    attention: Choice
+    phases: tuple[StageFinished, ...]
+    seconds: float
+    mapped_bytes: int
+    read_bytes: int
+    before: ResidentBytes
+    peak: ResidentBytes
+    rates: Rates | None = None
+    cuda: CudaMemory | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """The bytes that were read over the whole time of the load."""
+        return self.read_bytes / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, sizes in bytes and times in seconds."""
+        return {**asdict(self), "read_bytes_per_s": self.read_bytes_per_s}
+
+
+def render(report: LoadReport, console: Console) -> None:
+    """Draw the report.
+
+    Args:
+        report: what to draw.
+        console: where; its width is respected.
+    """
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in _facts(report):
+        facts.add_row(name, text)
+    console.print(facts)
+    phases = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    phases.add_column("phase", no_wrap=True)
+    phases.add_column("time", justify="right", no_wrap=True)
+    phases.add_column("what", overflow="fold")
+    for phase in report.phases:
+        phases.add_row(phase.stage, format_seconds(phase.seconds), phase.detail)
+    phases.add_row("total", format_seconds(report.seconds), "", style="bold")
+    console.print()
+    console.print(phases)
+    for note in report.notes:
+        console.print(f"[yellow]note[/yellow]  {note}", highlight=False)
+
+
+def _facts(report: LoadReport) -> Iterator[tuple[str, str]]:
+    yield "model", f"{report.model_class} from {report.source} ({report.chosen_by})"
+    yield "size", f"{format_count(report.num_parameters)} parameters, {format_bytes(report.weight_bytes)} in memory"
+    yield "dtype", f"{report.dtype.value}: {report.dtype.reason}"
+    yield "device", f"{report.device.value}: {report.device.reason}"
+    yield "attention", f"{report.attention.value}: {report.attention.reason}"
+    yield "bytes", _bytes_line(report)
+    if report.rates is not None:
+        yield "limits", _limits_line(report.rates)
+    yield (
+        "memory",
+        f"peak {format_bytes(report.peak.anonymous_bytes)} anonymous "
+        f"({format_bytes(report.before.anonymous_bytes)} before), {format_bytes(report.peak.file_bytes)} file-backed",
+    )
+    if report.cuda is not None:
+        yield (
+            "CUDA",
+            f"{format_bytes(report.cuda.allocated_bytes)} allocated, {format_bytes(report.cuda.reserved_bytes)} "
+            f"reserved, peak {format_bytes(report.cuda.peak_bytes)}, {format_bytes(report.cuda.fragmented_bytes)} "
+            f"fragmented, {report.cuda.num_retries} allocation retries",
+        )
+
+
+def _bytes_line(report: LoadReport) -> str:
+    parts = []
+    if report.mapped_bytes:
+        parts.append(f"{format_bytes(report.mapped_bytes)} mapped where they lie")
+    if report.read_bytes:
+        parts.append(f"{format_bytes(report.read_bytes)} read and decoded at {format_rate(report.read_bytes_per_s)}")
+    return ", ".join(parts) or "none"
+
+
+def _limits_line(rates: Rates) -> str:
+    figures = {
+        "disk": rates.disk_bytes_per_s,
+        "memory copy": rates.copy_bytes_per_s,
+        "first touch of memory": rates.touch_bytes_per_s,
+    }
+    known = [f"{name} {format_rate(rate)}" for name, rate in figures.items() if rate is not None]
+    return "measured here: " + ", ".join(known) if known else "not measured"

@@ -1,0 +1,174 @@
+"""Checkpoint tensors as host bytes: which can be used where they lie in the file, and which must be read and decoded.
+
+Nothing here knows torch, so that it can begin while torch is still being imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loadstone.checkpoint.values import Checkpoint, TensorInfo
+from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
+from loadstone.errors import TruncatedFile
+from loadstone.events import Observer
+from loadstone.stream.convert import Kernel, kernel_for
+from loadstone.stream.dequantize import dequantize
+from loadstone.stream.memory import Arena, Bytes, map_file
+from loadstone.stream.prefault import Prefault
+from loadstone.stream.read import Fill, Reader
+
+_BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
+# One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
+_EXPERT = re.compile(r"\.experts?\.\d+\.")
+
+
+class FileMaps:
+    """Each weight file mapped once, on first use."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, Bytes] = {}
+
+    def whole(self, path: Path) -> Bytes:
+        """All bytes of a file."""
+        if path not in self._maps:
+            self._maps[path] = map_file(path)
+        return self._maps[path]
+
+    def bytes_of(self, info: TensorInfo) -> Bytes:
+        """The stored bytes of a tensor, as a view of the map."""
+        mapped = self.whole(info.file)
+        if info.offset + info.nbytes > mapped.size:
+            raise TruncatedFile(
+                f"{info.file}: {info.name} ends at byte {info.offset + info.nbytes:,}, but the file now has "
+                f"{mapped.size:,}; it was cut short after it was opened. Download it again."
+            )
+        return mapped[info.offset : info.offset + info.nbytes]
+
+
+def is_mappable(info: TensorInfo, dtype: str) -> bool:
+    """Whether the bytes in the file are what memory must hold: same dtype, plain, contiguous, aligned."""
+    width = max(1, DTYPES[info.dtype].bits // 8)
+    return info.encoding is None and info.dtype == dtype and info.strides is None and info.offset % width == 0
+
+
+def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
+    """How to read a tensor into `destination` as `dtype`.
+
+    Args:
+        info: the tensor.
+        dtype: torch's name of the wanted dtype.
+        destination: fresh zeroed bytes, exactly as many as the tensor takes in that dtype.
+
+    Returns:
+        None where torch must do it: strided tensors, and casts that numpy does not have.
+    """
+    if info.strides is not None:
+        return None
+    if info.encoding is not None:
+        block = _BLOCKS[info.encoding]
+        kernel = _decoder(info.encoding, dtype)
+        widths = (block.block_nbytes * 8, block.block_numel * DTYPES[dtype].bits)
+    else:
+        kernel = kernel_for(info.dtype, dtype, fresh=True)
+        widths = (DTYPES[info.dtype].bits, DTYPES[dtype].bits)
+    if kernel is None:
+        return None
+    return Fill(
+        file=info.file,
+        offset=info.offset,
+        nbytes=info.nbytes,
+        destination=destination,
+        kernel=kernel,
+        source_bits=widths[0],
+        destination_bits=widths[1],
+    )
+
+
+def _decoder(encoding: str, dtype: str) -> Kernel | None:
+    def to_float32(source: Bytes, destination: Bytes) -> None:
+        dequantize(source, encoding, destination.view("<f4"))
+
+    if dtype == "float32":
+        return to_float32
+    cast = kernel_for("float32", dtype)
+    if cast is None:
+        return None
+    return _chain(to_float32, cast, _BLOCKS[encoding])
+
+
+def _chain(decode: Kernel, cast: Kernel, block: BlockFormat) -> Kernel:
+    def run(source: Bytes, destination: Bytes) -> None:
+        middle = np.empty(source.size // block.block_nbytes * block.block_numel * 4, np.uint8)
+        decode(source, middle)
+        cast(middle, destination)
+
+    return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A tensor that is being read into memory of its own."""
+
+    dtype: str
+    data: Bytes
+
+
+class Ahead:
+    """What can begin as soon as the headers are known: mapped bytes come in, casts and decoding run.
+
+    Attributes:
+        maps: the files.
+        arena: where decoded tensors go.
+        decoded: tensors under way or done, by checkpoint name.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.maps = FileMaps()
+        self.arena = Arena()
+        self.decoded: dict[str, Decoded] = {}
+        self._reader = Reader(observer=observer)
+        self._prefault: Prefault | None = None
+
+    def begin(self, checkpoint: Checkpoint, wanted_dtype: Callable[[TensorInfo], str], *, decode: bool) -> None:
+        """Start on every tensor; returns at once.
+
+        Args:
+            checkpoint: what is loaded.
+            wanted_dtype: the dtype a tensor will most likely be wanted in.
+            decode: whether to decode and cast now; without it only mapped bytes are brought in.
+        """
+        fills, mapped = [], dict.fromkeys(file.path for file in checkpoint.files)
+        for info in checkpoint.tensors.values():
+            dtype = wanted_dtype(info)
+            if is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
+                continue
+            data = self.arena.take(nbytes_of(DTYPES[dtype], info.numel))
+            fill = fill_for(info, dtype, data)
+            if fill is not None:
+                fills.append(fill)
+                self.decoded[info.name] = Decoded(dtype=dtype, data=data)
+        decoded_files = {fill.file for fill in fills}
+        self._reader.start(fills)
+        ranges = [self.maps.whole(path) for path in mapped if path not in decoded_files]
+        if ranges:
+            self._prefault = Prefault(ranges)
+
+    @property
+    def read_bytes(self) -> int:
+        """The bytes the reader has brought in so far."""
+        return self._reader.done_bytes
+
+    def wait(self) -> None:
+        """Return when everything that was begun to decode is there; mapped bytes may still be coming in."""
+        self._reader.wait()
+
+    def abandon(self) -> None:
+        """Stop; what is there may be dropped."""
+        self._reader.cancel()
+        if self._prefault is not None:
+            self._prefault.stop()

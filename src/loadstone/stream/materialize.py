@@ -1,0 +1,213 @@
+"""From host bytes to the module's tensors: views of the file where nothing changes, decoded memory otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from loadstone.architecture.gguf import apply_layout
+from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part
+from loadstone.checkpoint.values import Checkpoint, TensorInfo
+from loadstone.dtypes import DTYPES, nbytes_of
+from loadstone.errors import UnsupportedDtype
+from loadstone.events import Observer
+from loadstone.stream.host import Ahead, fill_for, is_mappable
+from loadstone.stream.memory import Bytes
+from loadstone.stream.read import Fill, Reader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a place in the module wants: its shape and the dtype (torch's name) it is loaded in."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class Materialized:
+    """The tensors of the module.
+
+    Attributes:
+        tensors: by fqn, on the device.
+        mapped_bytes: how many bytes are used where they lie in the file.
+        read_bytes: how many were read and decoded.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    mapped_bytes: int = 0
+    read_bytes: int = 0
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of that name.
+
+    Raises:
+        UnsupportedDtype: this torch has none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedDtype(f"dtype {name}: torch {torch.__version__} does not have it; a newer torch may.")
+    return dtype
+
+
+def as_tensor(data: Bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over bytes that are kept alive by it; nothing is copied."""
+    if data.size == 0:
+        return torch.empty(tuple(shape), dtype=torch_dtype(dtype))
+    return torch.from_numpy(data).view(torch_dtype(dtype)).view(tuple(shape))
+
+
+class Materializer:
+    """Makes the tensors of one load.
+
+    Args:
+        checkpoint: where they come from.
+        ahead: what was begun before.
+        device: where they go.
+        observer: who is told about bytes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ahead: Ahead, device: torch.device, observer: Observer) -> None:
+        self._tensors = checkpoint.tensors
+        self._ahead = ahead
+        self._device = device
+        self._reader = Reader(observer=observer)
+        self._made = Materialized()
+
+    def run(self, keymap: KeyMap, targets: Mapping[str, Target]) -> Materialized:
+        """Make every tensor of the key map.
+
+        Args:
+            keymap: what fills what; shapes were checked.
+            targets: by fqn.
+
+        Returns:
+            The tensors on the device, all bytes in place (mapped ones come in as they are touched).
+        """
+        fills: list[Fill] = []
+        later: list[tuple[Assignment, Target]] = []
+        for assignment in keymap.assignments:
+            target = targets[assignment.target]
+            if not self._view(assignment, target) and not self._plan(assignment, target, fills):
+                later.append((assignment, target))
+        self._reader.start(fills)
+        self._ahead.wait()
+        self._reader.wait()
+        for assignment, target in later:
+            self._made.tensors[assignment.target] = self._compose(assignment, target)
+        for conversion in keymap.conversions:
+            self._convert(conversion)
+        self._made.read_bytes += self._reader.done_bytes + self._ahead.read_bytes
+        return self._made
+
+    def source(self, name: str, dtype: str | None = None) -> torch.Tensor:
+        """One checkpoint tensor as it is called there, as a view of the file where possible.
+
+        Args:
+            name: the checkpoint's name.
+            dtype: cast to this dtype; None keeps the stored one (float32 for GGUF blocks).
+        """
+        info = self._tensors[name]
+        dtype = dtype or info.dtype
+        ready = self._ahead.decoded.get(name)
+        if ready is not None and ready.dtype == dtype:
+            self._ahead.wait()
+            return as_tensor(ready.data, dtype, info.shape)
+        if is_mappable(info, dtype):
+            return as_tensor(self._ahead.maps.bytes_of(info), dtype, info.shape)
+        if info.encoding is not None:
+            return self._decode(info, dtype)
+        return self._stored(info).to(torch_dtype(dtype))
+
+    def _stored(self, info: TensorInfo) -> torch.Tensor:
+        data = self._ahead.maps.bytes_of(info)
+        width = max(1, DTYPES[info.dtype].bits // 8)
+        if data.ctypes.data % width:
+            data = data.copy()
+        if info.strides is None:
+            return as_tensor(data, info.dtype, info.shape)
+        return as_tensor(data, info.dtype, (data.size // width,)).as_strided(info.shape, info.strides)
+
+    def _decode(self, info: TensorInfo, dtype: str) -> torch.Tensor:
+        data = self._ahead.arena.take(nbytes_of(DTYPES[dtype], info.numel))
+        fill = fill_for(info, dtype, data)
+        if fill is None:
+            return self._decode(info, "float32").to(torch_dtype(dtype))
+        fill.kernel(self._ahead.maps.bytes_of(info), data)
+        return as_tensor(data, dtype, info.shape)
+
+    def _view(self, assignment: Assignment, target: Target) -> bool:
+        """A whole tensor that needs no work: take it where it lies."""
+        if len(assignment.parts) != 1 or assignment.parts[0].layout is not None:
+            return False
+        info = self._tensors[assignment.parts[0].source]
+        if info.numel != prod(target.shape):
+            return False
+        ready = self._ahead.decoded.get(info.name)
+        if ready is not None and ready.dtype == target.dtype:
+            tensor = as_tensor(ready.data, target.dtype, target.shape)
+        elif is_mappable(info, target.dtype):
+            tensor = as_tensor(self._ahead.maps.bytes_of(info), target.dtype, target.shape)
+            self._made.mapped_bytes += info.nbytes
+        else:
+            return False
+        if self._device.type != "cpu":
+            self._ahead.wait()
+        self._made.tensors[assignment.target] = tensor.to(self._device)
+        return True
+
+    def _plan(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
+        """Parts that a kernel can read straight into the final memory; on a GPU, the cast is done there."""
+        if self._device.type != "cpu" or any(part.layout is not None for part in assignment.parts):
+            return False
+        data = self._ahead.arena.take(nbytes_of(DTYPES[target.dtype], prod(target.shape)))
+        planned = []
+        for part in assignment.parts:
+            info = self._tensors[part.source]
+            fill = fill_for(info, target.dtype, data[self._stretch(part, info, target.dtype)])
+            if fill is None:
+                return False
+            planned.append(fill)
+        fills.extend(planned)
+        self._made.tensors[assignment.target] = as_tensor(data, target.dtype, target.shape)
+        return True
+
+    @staticmethod
+    def _stretch(part: Part, info: TensorInfo, dtype: str) -> slice:
+        begin = nbytes_of(DTYPES[dtype], part.start)
+        return slice(begin, begin + nbytes_of(DTYPES[dtype], info.numel))
+
+    def _compose(self, assignment: Assignment, target: Target) -> torch.Tensor:
+        """The general way: each part as a tensor, rearranged, cast on the device, copied to its stretch."""
+        wanted = torch_dtype(target.dtype)
+        if len(assignment.parts) == 1:
+            return self._part(assignment.parts[0], target.dtype).to(wanted).view(target.shape).contiguous()
+        whole = torch.empty(prod(target.shape), dtype=wanted, device=self._device)
+        for part in assignment.parts:
+            piece = self._part(part, target.dtype)
+            whole[part.start : part.start + piece.numel()].copy_(piece.reshape(-1))
+        return whole.view(target.shape)
+
+    def _part(self, part: Part, dtype: str) -> torch.Tensor:
+        info = self._tensors[part.source]
+        if part.layout is not None:
+            return _rearranged(part.layout, self.source(part.source, "float32")).to(self._device)
+        # On a GPU the stored dtype travels and is cast there; what the CPU decodes is cast where it lies.
+        direct = self._device.type != "cpu" and info.encoding is None
+        return self.source(part.source, None if direct else dtype).to(self._device)
+
+    def _convert(self, conversion: Conversion) -> None:
+        sources = [self.source(name, dtype) for name, dtype in zip(conversion.sources, conversion.dtypes, strict=True)]
+        for fqn, tensor in conversion.run(sources).items():
+            self._made.tensors[fqn] = tensor.to(self._device)
+
+
+def _rearranged(layout: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """Apply a GGUF layout, which is written for numpy, in float32: what it adds must not be rounded twice."""
+    return torch.from_numpy(np.ascontiguousarray(apply_layout(layout, tensor.numpy())))

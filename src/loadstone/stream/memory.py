@@ -1,0 +1,114 @@
+"""Host memory to load into: private maps of files, and fresh anonymous memory. Nothing here knows torch."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loadstone.errors import TruncatedFile
+
+# From include/uapi/linux/mman.h and asm-generic/mman-common.h; Python's mmap module lacks the last ones.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+_PAGE = mmap.PAGESIZE
+_SLAB_BYTES = 8 << 20
+_ALIGNMENT = 64
+
+Bytes = NDArray[np.uint8]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def map_file(path: Path) -> Bytes:
+    """Map a whole file: pages are read when touched, and writing to them never reaches the file.
+
+    The map is private and writable, so that an in-place edit of a weight copies the page instead of ending the process,
+    and without a reservation, so that a file larger than RAM opens.
+
+    Args:
+        path: the file; it must not be empty.
+
+    Returns:
+        Its bytes, shape (nbytes,).
+
+    Raises:
+        TruncatedFile: it is empty.
+    """
+    with path.open("rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes == 0:
+            raise TruncatedFile(f"{path}: expected weights, found an empty file; download it again.")
+        try:
+            mapped = mmap.mmap(
+                file.fileno(),
+                nbytes,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except OSError:
+            # vm.overcommit_memory=2 counts private maps all the same. A shared read-only map never counts.
+            return _as_writable(mmap.mmap(file.fileno(), nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+    return np.frombuffer(mapped, np.uint8)
+
+
+class _Borrowed(np.ndarray[Any, Any]):
+    """An array over memory that `owner` keeps alive."""
+
+    owner: object
+
+
+def _as_writable(mapped: mmap.mmap) -> Bytes:
+    """A read-only map as an array that torch takes without a warning; only reading it is allowed all the same."""
+    view = np.frombuffer(mapped, np.uint8)
+    raw = (ctypes.c_uint8 * view.size).from_address(view.ctypes.data)
+    array = np.frombuffer(memoryview(raw), np.uint8).view(_Borrowed)
+    array.owner = mapped
+    borrowed: Bytes = array
+    return borrowed
+
+
+def populate(array: Bytes, *, write: bool = False) -> None:
+    """Fault in the pages of `array` in one system call; a hint that older kernels ignore.
+
+    Args:
+        array: bytes of a map.
+        write: make them writable, as fresh memory must be, instead of only reading them in.
+    """
+    begin = array.ctypes.data
+    aligned = begin - begin % _PAGE
+    _libc.madvise(aligned, begin + array.nbytes - aligned, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
+
+
+class Arena:
+    """Fresh zeroed memory: large tensors in a map of their own, small ones side by side in slabs.
+
+    A large tensor can then be given back alone, and eighteen thousand small ones do not need as many maps.
+    """
+
+    def __init__(self) -> None:
+        self._slab = np.empty(0, np.uint8)
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> Bytes:
+        """`nbytes` zeroed bytes, aligned to 64."""
+        if nbytes >= _SLAB_BYTES // 4:
+            return _anonymous(nbytes)
+        with self._lock:
+            if nbytes > self._slab.size:
+                self._slab = _anonymous(_SLAB_BYTES)
+            taken, self._slab = self._slab[:nbytes], self._slab[-(-nbytes // _ALIGNMENT) * _ALIGNMENT :]
+            return taken
+
+
+def _anonymous(nbytes: int) -> Bytes:
+    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(mapped, np.uint8)
