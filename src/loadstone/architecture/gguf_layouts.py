@@ -35,10 +35,11 @@ class Transpose:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reshape:
-    """Dimensions of size one were dropped; -1 stands for what is left."""
+class Unsqueeze:
+    """Dimension `dim`, of size one, was dropped; unless the array has `ndim` dimensions and kept it."""
 
-    shape: tuple[int, ...]
+    dim: int
+    ndim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class Chain:
     layouts: tuple[Layout, ...]
 
 
-Layout = UnpermuteHeads | AddConstant | Transpose | Reshape | LogNegate | GroupQkv | GroupHeads | Chain
+Layout = UnpermuteHeads | AddConstant | Transpose | Unsqueeze | LogNegate | GroupQkv | GroupHeads | Chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,7 @@ _UNDO: dict[type, Callable[[Any, Array], Array]] = {
     UnpermuteHeads: _unpermute_heads,
     AddConstant: lambda layout, array: array + np.asarray(layout.value, array.dtype),
     Transpose: lambda layout, array: array.swapaxes(-1, -2),
-    Reshape: lambda layout, array: array.reshape(layout.shape),
+    Unsqueeze: lambda layout, array: array if array.ndim == layout.ndim else np.expand_dims(array, layout.dim),
     LogNegate: lambda layout, array: np.log(-array),
     GroupQkv: _group_qkv,
     GroupHeads: _group_heads,

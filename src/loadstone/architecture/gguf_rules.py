@@ -28,7 +28,7 @@ class Facts:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`; numbers stored as float32 in their shortest decimal form (1e-05)."""
         value = self.checkpoint.metadata.get(f"{self.architecture}.{key}", default)
-        return _shortest(value) if isinstance(value, float) else value
+        return shortest(value) if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
         """The value of a key that must be there."""
@@ -41,7 +41,7 @@ class Facts:
         return value
 
     def has(self, tensor: str) -> bool:
-        """Whether there is a tensor of this name (`{}` is a block's number: block 0, or any for `blk.*`)."""
+        """Whether there is a tensor of this name (`*` stands for any block number)."""
         if "*" not in tensor:
             return tensor in self.checkpoint.tensors
         head, tail = tensor.split("*")
@@ -75,7 +75,8 @@ class Facts:
         return int(max(heads) if isinstance(heads, list) else heads)
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
+    """A number that was rounded to float32, in its shortest decimal form: 9.999999747378752e-06 -> 1e-05."""
     single = np.float32(value)
     return float(str(single)) if float(single) == value else value
 
@@ -105,14 +106,16 @@ class Rule:
     Attributes:
         name: of the parameter, without the model's prefix.
         exact: whether `.weight` or `.bias` is not carried over from the GGUF name.
-        layout: how it differs, from the config; or None.
+        layout: how it differs, or what says so from the config; or None.
         fused: which part of the parameter it is; or None.
+        beside: (leaf, name): where the block has a tensor `leaf` too, the parameter is called `name`; or None.
     """
 
     name: str
     exact: bool = False
-    layout: LayoutOf | None = None
+    layout: Layout | LayoutOf | None = None
     fused: Fused | None = None
+    beside: tuple[str, str] | None = None
 
 
 Names = Mapping[str, str | Rule]

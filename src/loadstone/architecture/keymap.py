@@ -22,12 +22,14 @@ class Part:
         source: the name in the checkpoint.
         start: the first element of the stretch that is filled, counted in the flat target.
         shape: the shape that the source must have; None where it is the target's own.
+        index: the slice of the target that is filled, where it is no contiguous stretch.
         layout: how the decoded source must be rearranged first (GGUF), or None.
     """
 
     source: str
     start: int = 0
     shape: tuple[int, ...] | None = None
+    index: tuple[slice, ...] | None = None
     layout: Any = None
 
 

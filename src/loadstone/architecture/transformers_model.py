@@ -85,13 +85,16 @@ def _gguf_keys(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> KeyMap:
     assignments: dict[str, list[Part]] = {}
     unexpected = []
     targets = tensor_targets(checkpoint, checkpoint.config or {})
-    for name, info in checkpoint.tensors.items():
-        target = targets.get(name)
-        if target is None or target.name not in slots:
+    for name, target in targets.items():
+        if target.name not in slots:
             unexpected.append(name)
             continue
-        assignments.setdefault(target.name, []).append(Part(source=name, shape=info.shape, layout=target.layout))
+        index = None if target.part is None else target.part.index
+        part = Part(source=name, shape=checkpoint.tensors[name].shape, index=index, layout=target.layout)
+        assignments.setdefault(target.name, []).append(part)
+    left_out = [name for name in checkpoint.tensors if name not in targets]
     return KeyMap(
         assignments=tuple(Assignment(target=fqn, parts=tuple(parts)) for fqn, parts in assignments.items()),
         unexpected=tuple(unexpected),
+        notes=(f"{len(left_out)} tensors are in the config instead: {', '.join(left_out[:3])}",) if left_out else (),
     )

@@ -144,9 +144,10 @@ class Materializer:
 
     def _view(self, assignment: Assignment, target: Target) -> bool:
         """A whole tensor that needs no work: take it where it lies."""
-        if len(assignment.parts) != 1 or assignment.parts[0].layout is not None:
+        first = assignment.parts[0]
+        if len(assignment.parts) != 1 or first.layout is not None or first.index is not None:
             return False
-        info = self._tensors[assignment.parts[0].source]
+        info = self._tensors[first.source]
         if info.numel != prod(target.shape):
             return False
         ready = self._ahead.decoded.get(info.name)
@@ -164,7 +165,7 @@ class Materializer:
 
     def _plan(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
         """Parts that a kernel can read straight into the final memory; on a GPU, the cast is done there."""
-        if self._device.type != "cpu" or any(part.layout is not None for part in assignment.parts):
+        if self._device.type != "cpu" or any(part.layout is not None or part.index is not None for part in assignment.parts):
             return False
         data = self._ahead.arena.take(nbytes_of(DTYPES[target.dtype], prod(target.shape)))
         planned = []
@@ -186,12 +187,17 @@ class Materializer:
     def _compose(self, assignment: Assignment, target: Target) -> torch.Tensor:
         """The general way: each part as a tensor, rearranged, cast on the device, copied to its stretch."""
         wanted = torch_dtype(target.dtype)
-        if len(assignment.parts) == 1:
-            return self._part(assignment.parts[0], target.dtype).to(wanted).view(target.shape).contiguous()
+        first = assignment.parts[0]
+        if len(assignment.parts) == 1 and first.index is None:
+            return self._part(first, target.dtype).to(wanted).view(target.shape).contiguous()
         whole = torch.empty(prod(target.shape), dtype=wanted, device=self._device)
         for part in assignment.parts:
             piece = self._part(part, target.dtype)
-            whole[part.start : part.start + piece.numel()].copy_(piece.reshape(-1))
+            if part.index is None:
+                place = whole[part.start : part.start + piece.numel()]
+            else:
+                place = whole.view(target.shape)[part.index]
+            place.copy_(piece.reshape(place.shape))
         return whole.view(target.shape)
 
     def _part(self, part: Part, dtype: str) -> torch.Tensor:
