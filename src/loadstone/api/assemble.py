@@ -18,7 +18,7 @@ from loadstone.architecture.match import Rules, check_assignments, check_missing
 from loadstone.architecture.plain import PlainModule
 from loadstone.architecture.skeleton import Slot, slots_of
 from loadstone.checkpoint.cache import cache_folder
-from loadstone.checkpoint.values import Checkpoint
+from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
 from loadstone.hardware.measure import cached
 from loadstone.hardware.memory import ResidentBytes
@@ -101,6 +101,7 @@ def _blueprint(begun: Begun) -> Blueprint:
                 architecture=request.architecture,
                 attn_implementation=request.attn_implementation,
                 trust_remote_code=request.trust_remote_code,
+                described_in="the GGUF header" if begun.checkpoint.format is Format.GGUF else "config.json",
             ),
         )
         blueprint = TransformersModel(
@@ -258,6 +259,7 @@ def _reporter(
             seconds=seconds,
             mapped_bytes=made.mapped_bytes,
             read_bytes=made.read_bytes,
+            read_s=made.read_s,
             before=begun.before,
             peak=peak,
             rates=cached(begun.checkpoint.files[0].path, cache_folder()),

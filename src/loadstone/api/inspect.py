@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from loadstone.architecture.gguf import config_from_metadata
-from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.hub_cache import HubAccess
+from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Format
 from loadstone.errors import ConfigError

@@ -13,8 +13,8 @@ from loadstone.api.pause import paused_gc
 from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import config_from_metadata, tensor_targets
 from loadstone.architecture.keymap import RenameRules
-from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.hub_cache import HubAccess
+from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.dtypes import DTYPES

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.api.pause import paused_gc
-from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.hub_cache import HubAccess
+from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Format
 

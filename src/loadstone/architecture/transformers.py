@@ -34,10 +34,12 @@ class Wanted:
         trust_remote_code: whether code that the checkpoint brings may run.
         root: the folder of the checkpoint.
         name: how the source was called.
+        described_in: what the config was read from.
     """
 
     root: Path
     name: str
+    described_in: str = "config.json"
     architecture: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -121,9 +123,9 @@ def _build_config(config: Mapping[str, Any], wanted: Wanted) -> tuple[Any, bool]
 def _find_class(hf_config: Any, config: Mapping[str, Any], wanted: Wanted, remote: bool) -> tuple[Any, str]:
     declared = (config.get("architectures") or [None])[0]
     name = wanted.architecture or declared
-    chosen_by = "architecture=" if wanted.architecture else "config.json's architectures"
+    chosen_by = "architecture=" if wanted.architecture else f"{wanted.described_in}'s architectures"
     if name is None:
-        name, chosen_by = "AutoModel", f"model_type {hf_config.model_type}; config.json names no architecture"
+        name, chosen_by = "AutoModel", f"model_type {hf_config.model_type}; {wanted.described_in} names no architecture"
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if found is not None and hasattr(found, "_model_mapping"):
         try:

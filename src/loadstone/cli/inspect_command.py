@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from loadstone.checkpoint.demo import demo_model
 from loadstone.cli import options
 from loadstone.cli.progress import shown
 
@@ -20,7 +21,7 @@ loadstone inspect --walk ./Qwen2.5-7B-Instruct
 
 
 def inspect_command(
-    source: options.Source,
+    source: options.SourceOrDemo = None,
     walk: Annotated[
         bool, typer.Option("--walk", help="Load it, and tell step by step what that does, with names and timings.")
     ] = False,
@@ -36,20 +37,24 @@ def inspect_command(
     from loadstone.report import inspection
 
     with shown(options.err(), quiet=False) as observer:
-        found = inspect(source, revision=revision, local_files_only=local_files_only, progress=observer)
+        found = inspect(
+            source or str(demo_model(observer)), revision=revision, local_files_only=local_files_only, progress=observer
+        )
     if as_json:
         options.print_json(inspection.to_json(found))
     else:
         inspection.render(found, options.out())
 
 
-def _walk(source: str, revision: str | None, local_files_only: bool, as_json: bool) -> None:
+def _walk(source: str | None, revision: str | None, local_files_only: bool, as_json: bool) -> None:
     from loadstone.api.load import load
     from loadstone.api.registry import of
     from loadstone.report import walk
 
     with shown(options.err(), quiet=False) as observer:
-        model = load(source, revision=revision, local_files_only=local_files_only, progress=observer)
+        model = load(
+            source or str(demo_model(observer)), revision=revision, local_files_only=local_files_only, progress=observer
+        )
     report = of(model).report
     if as_json:
         options.print_json(walk.to_json(report))

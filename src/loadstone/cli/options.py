@@ -10,9 +10,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-Source = Annotated[
-    str, typer.Argument(help="A folder, a weight file (.safetensors, .gguf, .bin, .pt), or a hub id such as org/name.")
-]
 SourceOrDemo = Annotated[
     str | None,
     typer.Argument(help="A folder, a weight file or a hub id; without one the demo model, SmolLM2-135M-Instruct."),

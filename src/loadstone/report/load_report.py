@@ -52,7 +52,8 @@ class LoadReport:
         phases: the stages in order, with seconds.
         seconds: the wall-clock time of the whole load.
         mapped_bytes: used where they lie in the file; the disk is read when they are touched, or by the prefault.
-        read_bytes: read into memory during the load.
+        read_bytes: read into memory during the load, casts and decoding included.
+        read_s: how long that took; it runs while torch is imported.
         before: resident memory when the load began.
         peak: the most resident memory during the load.
         rates: what the machine was measured to do at best; None where it was not measured.
@@ -73,6 +74,7 @@ class LoadReport:
     seconds: float
     mapped_bytes: int
     read_bytes: int
+    read_s: float
     before: ResidentBytes
     peak: ResidentBytes
     rates: Rates | None = None
@@ -81,8 +83,8 @@ class LoadReport:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """The bytes that were read over the whole time of the load."""
-        return self.read_bytes / self.seconds if self.seconds else 0.0
+        """The rate at which stored bytes were read and decoded."""
+        return self.read_bytes / self.read_s if self.read_s else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, sizes in bytes and times in seconds."""

@@ -163,6 +163,11 @@ class Ahead:
         """The bytes the reader has brought in so far."""
         return self._reader.done_bytes
 
+    @property
+    def read_s(self) -> float:
+        """How long the reader took to bring them in."""
+        return self._reader.seconds
+
     def wait(self) -> None:
         """Return when everything that was begun to decode is there; mapped bytes may still be coming in."""
         self._reader.wait()

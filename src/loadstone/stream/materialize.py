@@ -37,11 +37,13 @@ class Materialized:
         tensors: by fqn, on the device.
         mapped_bytes: how many bytes are used where they lie in the file.
         read_bytes: how many were read and decoded.
+        read_s: how long that took, imports that ran meanwhile included.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     mapped_bytes: int = 0
     read_bytes: int = 0
+    read_s: float = 0.0
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -103,7 +105,8 @@ class Materializer:
             self._made.tensors[assignment.target] = self._compose(assignment, target)
         for conversion in keymap.conversions:
             self._convert(conversion)
-        self._made.read_bytes += self._reader.done_bytes + self._ahead.read_bytes
+        self._made.read_bytes = self._reader.done_bytes + self._ahead.read_bytes
+        self._made.read_s = self._reader.seconds + self._ahead.read_s
         return self._made
 
     def source(self, name: str, dtype: str | None = None) -> torch.Tensor:
@@ -165,7 +168,9 @@ class Materializer:
 
     def _plan(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
         """Parts that a kernel can read straight into the final memory; on a GPU, the cast is done there."""
-        if self._device.type != "cpu" or any(part.layout is not None or part.index is not None for part in assignment.parts):
+        if self._device.type != "cpu" or any(
+            part.layout is not None or part.index is not None for part in assignment.parts
+        ):
             return False
         data = self._ahead.arena.take(nbytes_of(DTYPES[target.dtype], prod(target.shape)))
         planned = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,13 @@ class Reader:
         self._told_bytes = 0
         self._total_bytes = 0
         self._spans: Iterator[_Span] = iter(())
+        self._begin_s = 0.0
+        self._end_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last byte so far."""
+        return self._end_s - self._begin_s
 
     @property
     def done_bytes(self) -> int:
@@ -79,6 +87,7 @@ class Reader:
     def start(self, fills: Sequence[Fill]) -> None:
         """Begin; returns at once."""
         self._total_bytes = sum(fill.nbytes for fill in fills)
+        self._begin_s = self._end_s = time.perf_counter()
         self._spans = _spans(fills)
         for index in range(self._num_threads if fills else 0):
             thread = threading.Thread(target=self._work, name=f"loadstone-read-{index}", daemon=True)
@@ -129,6 +138,7 @@ class Reader:
     def _tell(self, nbytes: int) -> None:
         with self._lock:
             self._done_bytes += nbytes
+            self._end_s = time.perf_counter()
             if self._done_bytes - self._told_bytes < _MIN_STEP_BYTES and self._done_bytes != self._total_bytes:
                 return
             self._told_bytes = self._done_bytes
