@@ -1,6 +1,5 @@
 """A tiny Llama on disk, written once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,10 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def llama_copy(llama_folder: Path, tmp_path: Path) -> Iterator[Path]:
+def llama_copy(llama_folder: Path, tmp_path: Path) -> Path:
     """A copy of the folder that a test may damage."""
     import shutil
 
     folder = tmp_path / "llama"
     shutil.copytree(llama_folder, folder)
-    yield folder
+    return folder

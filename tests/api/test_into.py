@@ -141,7 +141,7 @@ def test_a_missing_tensor_names_the_nearest(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in trained().state_dict().items()}
     state["querry.weight"] = state.pop("query.weight")
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointMismatch, match=r"1 tensors belong to nothing in the module: querry\.weight") as caught:
+    with pytest.raises(CheckpointMismatch, match=r"1 tensors belong to nothing .*: querry\.weight") as caught:
         loadstone.load(tmp_path / "a.safetensors", into=Net)
     assert "nearest: query.weight" in str(caught.value)
     del state["querry.weight"]

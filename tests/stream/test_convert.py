@@ -11,10 +11,8 @@ def every_16_bit_value() -> np.ndarray:
 
 def float32_values() -> np.ndarray:
     random = np.random.default_rng(0).integers(0, 1 << 32, 200_000, dtype=np.uint64).astype(np.uint32)
-    edges = np.array(
-        [0, 1, 0x80000000, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7FC00000, 0x7F7FFFFF, 0x3F808000, 0x3F818000],
-        dtype=np.uint32,
-    )
+    special = "0 1 80000000 7F800000 FF800000 7F800001 FFFFFFFF 7FC00000 7F7FFFFF 3F808000 3F818000"
+    edges = np.array([int(word, 16) for word in special.split()], dtype=np.uint32)
     return np.concatenate([random, edges]).view(np.uint8)
 
 

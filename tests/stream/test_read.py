@@ -22,7 +22,8 @@ def data(tmp_path: Path) -> tuple[Path, np.ndarray]:
 def test_large_and_small_ranges_arrive_whole(data: tuple[Path, np.ndarray]) -> None:
     path, content = data
     arena = Arena()
-    ranges = [(0, 2 * CHUNK_BYTES + 10), (2 * CHUNK_BYTES + 10, 7), (2 * CHUNK_BYTES + 17, 1000), (3 * CHUNK_BYTES, 1234)]
+    large = 2 * CHUNK_BYTES + 10
+    ranges = [(0, large), (large, 7), (large + 7, 1000), (3 * CHUNK_BYTES, 1234)]
     fills = [Fill(file=path, offset=begin, nbytes=count, destination=arena.take(count)) for begin, count in ranges]
     reader = Reader(observer=ignore)
     reader.start(fills)

@@ -11,6 +11,7 @@ import psutil
 
 _SAMPLE_S = 0.01
 _STATUS = Path("/proc/self/status")
+_CGROUP_FILE = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -106,7 +107,7 @@ def _cgroup_limits() -> list[tuple[int, int]]:
 def _cgroup_folders() -> list[tuple[Path, str, str]]:
     folders = []
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _CGROUP_FILE.read_text().splitlines()
     except OSError:
         return []
     for line in lines:

@@ -1,0 +1,62 @@
+"""Tokenizers: those of a checkpoint's folder, and those that a GGUF header describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from loadstone.architecture.gguf_tokenizer import tokenizer_config, tokenizer_json
+from loadstone.errors import InvalidHeader, NotACheckpoint
+
+
+def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a folder, without the network.
+
+    Args:
+        root: the folder that holds tokenizer.json or its older forms.
+        trust_remote_code: whether code that the checkpoint brings may run.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        NotACheckpoint: transformers finds no tokenizer there.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise NotACheckpoint(
+            f"{root}: no tokenizer could be loaded ({reason[:300]}); put tokenizer.json and tokenizer_config.json there."
+        ) from error
+
+
+def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Any:
+    """Build the tokenizer that a GGUF header describes.
+
+    Args:
+        metadata: all key-value pairs of the header.
+
+    Returns:
+        A fast tokenizer of transformers.
+
+    Raises:
+        UnsupportedFormat: a tokenizer model, or a way of splitting, that is not known.
+        InvalidHeader: the metadata contradicts itself.
+    """
+    content = json.dumps(tokenizer_json(metadata), ensure_ascii=False, separators=(",", ":"))
+    try:
+        backend = Tokenizer.from_str(content)
+    except Exception as error:  # the library raises bare Exceptions
+        raise InvalidHeader(f"the tokenizer that the header describes is not consistent: {error}") from error
+    # The wrapper copies what it is given, by way of JSON: as long again as building it. Nobody else holds this one.
+    vars(backend)["__deepcopy__"] = lambda memo: backend
+    try:
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer_config(metadata))
+    finally:
+        del vars(backend)["__deepcopy__"]
