@@ -13,6 +13,7 @@ from loadstone.api.pause import paused_gc
 from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import config_from_metadata, tensor_targets
 from loadstone.architecture.keymap import RenameRules
+from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
@@ -23,6 +24,7 @@ from loadstone.events import Observer, Recorder, ignore
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
 from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, check_counts, choose_dtype
+from loadstone.stream import import_files
 from loadstone.stream.host import Ahead
 from loadstone.units import format_bytes, format_count
 
@@ -166,6 +168,7 @@ def load(
 
             told.text = "torch and the model code, while the weights are on their way"
         model, finish_report = assemble(begun)
+    import_files.learn(cache_folder())
     remember(model, Loaded(report=finish_report(watch.peak, time.perf_counter() - begun.start)))
     return model
 
@@ -183,6 +186,7 @@ def _check(request: Request) -> None:
 def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     """Read the headers and set the bytes in motion; they are stopped where the load fails."""
     recorder = Recorder(observer=observer)
+    import_files.read_ahead(cache_folder())
     start, before = time.perf_counter(), resident()
     checkpoint = read_headers(request.source, request.access, recorder)
     if request.into is None:

@@ -215,8 +215,7 @@ def _bpe(vocab: Mapping[str, int], merges: Iterable[Any], **options: Any) -> Jso
 
 def _sentencepiece(metadata: Metadata, tokens: list[str]) -> Json:
     """SentencePiece BPE with byte fallback: `tokenizer.ggml.model` "llama"."""
-    architecture = metadata.get("general.architecture")
-    if architecture in _GEMMA:
+    if metadata.get("general.architecture") in _GEMMA:
         return _gemma(metadata, tokens)
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
@@ -224,17 +223,15 @@ def _sentencepiece(metadata: Metadata, tokens: list[str]) -> Json:
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = metadata.get("tokenizer.ggml.merges") or _merges(vocab, scores)
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    steps: list[Json] = [*_SPACE_DECODERS, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    pieces: Json = {
+    strip: Json = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {
         "model": _bpe(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token=_unknown(metadata, tokens)),
-        "decoder": {"type": "Sequence", "decoders": steps if prefix else _SPACE_DECODERS},
+        # SentencePiece puts its dummy prefix in front of every text, whether it begins with a space or not, and
+        # llama.cpp behind every special token too; `Metaspace`, which transformers builds here, does neither.
+        "normalizer": _PREPEND_AND_REPLACE if prefix else _REPLACE_SPACE,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [*_SPACE_DECODERS, strip] if prefix else _SPACE_DECODERS},
     }
-    if architecture == "phi3":
-        # Phi-3's own tokenizer.json puts the prefix on by a normalizer, which shows on text that begins with a space.
-        return {**pieces, "normalizer": _PREPEND_AND_REPLACE, "pre_tokenizer": None}
-    scheme = "first" if prefix else "never"
-    split = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
-    return {**pieces, "pre_tokenizer": split}
 
 
 def _unknown(metadata: Metadata, tokens: list[str]) -> str | None:

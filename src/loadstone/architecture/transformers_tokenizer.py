@@ -32,7 +32,7 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise NotACheckpoint(
-            f"{root}: no tokenizer could be loaded ({reason[:300]}); put tokenizer.json and tokenizer_config.json there."
+            f"{root}: no tokenizer could be loaded ({reason[:300]}); put tokenizer.json there."
         ) from error
 
 

@@ -18,7 +18,7 @@ from loadstone.errors import TruncatedFile
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
-_PAGE = mmap.PAGESIZE
+PAGE_BYTES = mmap.PAGESIZE
 _SLAB_BYTES = 8 << 20
 _ALIGNMENT = 64
 
@@ -84,7 +84,7 @@ def populate(array: Bytes, *, write: bool = False) -> None:
         write: make them writable, as fresh memory must be, instead of only reading them in.
     """
     begin = array.ctypes.data
-    aligned = begin - begin % _PAGE
+    aligned = begin - begin % PAGE_BYTES
     _libc.madvise(aligned, begin + array.nbytes - aligned, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
 
 

@@ -1,0 +1,110 @@
+"""Read ahead the files that the imports of torch and transformers will open, while the first of them is still running.
+
+On a cold start those imports read some 2,400 small files one after the other, and the disk waits for the interpreter
+in between. Which files they are is learnt once, after a load, and kept in the cache folder; a list that has gone stale
+costs nothing but a little reading ahead in vain. Nothing is imported from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+_STEP_BYTES = 8 << 20
+# A cold page cache lacks nearly all files, a warm one nearly none: a few tell them apart.
+_NUM_PROBES = 8
+_PACKAGES = ("torch", "transformers")
+
+
+def read_ahead(cache: Path) -> None:
+    """Start reading ahead in the background, if a list is known, torch is not imported, and the files are not cached.
+
+    Args:
+        cache: the folder that keeps the list.
+    """
+    if "torch" in sys.modules or not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        paths = _list_file(cache).read_text().splitlines()
+    except OSError:
+        return
+    if any(map(_is_cold, paths[:: max(1, len(paths) // _NUM_PROBES)])):
+        threading.Thread(target=_advise, args=(paths,), name="loadstone-imports", daemon=True).start()
+
+
+def learn(cache: Path) -> None:
+    """Write the list down, if there is none: call it once everything is imported.
+
+    Args:
+        cache: the folder that keeps the list.
+    """
+    file = _list_file(cache)
+    if file.exists():
+        return
+    with contextlib.suppress(OSError):  # a cache that cannot be written only leaves the next start as it was
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text("\n".join(_imported_files()))
+        temporary.replace(file)
+
+
+def _list_file(cache: Path) -> Path:
+    """One list for each set of installed versions, told by the packages' places and times."""
+    key = hashlib.sha256(sys.version.encode())
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)
+        origin = spec.origin if spec is not None and spec.origin else ""
+        key.update(f"{origin} {Path(origin).stat().st_mtime_ns if origin else 0}".encode())
+    return cache / "imports" / f"{key.hexdigest()[:16]}.txt"
+
+
+def _imported_files() -> list[str]:
+    """The files of all imported modules in the order of their imports, shared libraries first."""
+    files: dict[str, None] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if ".so" in line:
+                files.setdefault(line.split(maxsplit=5)[-1])
+    for module in list(sys.modules.values()):
+        # Some of torch's modules answer every attribute with an object of their own.
+        for path in (getattr(module, "__cached__", None), getattr(module, "__file__", None)):
+            if isinstance(path, str) and path.endswith((".pyc", ".so")):
+                files.setdefault(path)
+    return list(files)
+
+
+def _is_cold(path: str) -> bool:
+    """Whether the first page of a file would have to be read from the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except (OSError, AttributeError):
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _advise(paths: Sequence[str]) -> None:
+    for path in paths:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            # The kernel reads at most its readahead window for one advice.
+            for offset in range(0, max(1, os.fstat(descriptor).st_size), _STEP_BYTES):
+                os.posix_fadvise(descriptor, offset, _STEP_BYTES, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
+from loadstone.errors import TruncatedFile
+from loadstone.events import ignore
+from loadstone.stream.host import Ahead, FileMaps, fill_for, is_mappable
+
+
+def info(path: Path, **changes: object) -> TensorInfo:
+    values: dict[str, object] = {
+        "name": "a",
+        "dtype": "bfloat16",
+        "shape": (4,),
+        "file": path,
+        "offset": 0,
+        "nbytes": 8,
+    }
+    return TensorInfo(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_only_plain_aligned_contiguous_tensors_of_the_same_dtype_are_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    assert is_mappable(info(path), "bfloat16")
+    assert not is_mappable(info(path), "float32")
+    assert not is_mappable(info(path, offset=1), "bfloat16")
+    assert not is_mappable(info(path, strides=(2,)), "bfloat16")
+    assert not is_mappable(info(path, encoding="Q4_1"), "bfloat16")
+
+
+def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(bytes(10))
+    with pytest.raises(TruncatedFile, match=r"w: a ends at byte 108, but the file now has 10"):
+        FileMaps().bytes_of(info(path, offset=100))
+
+
+def test_what_numpy_cannot_cast_is_left_to_torch(tmp_path: Path) -> None:
+    assert fill_for(info(tmp_path, strides=(2,)), "bfloat16", np.empty(0, np.uint8)) is None
+    assert fill_for(info(tmp_path, dtype="float8_e4m3fn"), "bfloat16", np.empty(0, np.uint8)) is None
+
+
+def test_ahead_casts_at_once_and_leaves_experts_to_the_key_map(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    words = np.array([0x3F80, 0x4000, 0xC000, 0x0001], np.uint16)
+    path.write_bytes(words.tobytes() * 2)
+    infos = [info(path), info(path, name="layers.0.experts.3.up", offset=8)]
+    checkpoint = Checkpoint(
+        format=Format.SAFETENSORS,
+        root=tmp_path,
+        files=(CheckpointFile(path=path, nbytes=16),),
+        tensors={one.name: one for one in infos},
+    )
+    ahead = Ahead(ignore)
+    ahead.begin(checkpoint, lambda _: "float32", decode=True)
+    ahead.wait()
+    assert list(ahead.decoded) == ["a"]
+    assert ahead.decoded["a"].data.view(np.float32).tolist()[:3] == [1.0, 2.0, -2.0]
+    assert ahead.read_bytes == 8
+
+
+def test_ahead_only_brings_mapped_bytes_in_where_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(bytes(8))
+    checkpoint = Checkpoint(
+        format=Format.SAFETENSORS,
+        root=tmp_path,
+        files=(CheckpointFile(path=path, nbytes=8),),
+        tensors={"a": info(path)},
+    )
+    ahead = Ahead(ignore)
+    ahead.begin(checkpoint, lambda _: "bfloat16", decode=True)
+    ahead.wait()
+    assert ahead.decoded == {}
+    ahead.abandon()

@@ -1,0 +1,58 @@
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from loadstone.stream import import_files
+
+
+def test_what_was_imported_is_learnt_once(tmp_path: Path) -> None:
+    import torch
+
+    import_files.learn(tmp_path)
+    (file,) = (tmp_path / "imports").iterdir()
+    paths = file.read_text().splitlines()
+    assert any(path.endswith("libtorch_cpu.so") for path in paths)
+    assert any("/torch/nn/" in path for path in paths)
+    assert torch.__file__ is not None
+    file.write_text("kept")
+    import_files.learn(tmp_path)
+    assert file.read_text() == "kept"
+
+
+def test_nothing_is_read_where_torch_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_files.learn(tmp_path)
+    monkeypatch.setattr(import_files, "_is_cold", lambda _: pytest.fail("looked"))
+    import_files.read_ahead(tmp_path)
+
+
+def test_cold_files_are_read_ahead_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = import_files._list_file(tmp_path)
+    file.parent.mkdir()
+    module = tmp_path / "module.pyc"
+    module.write_bytes(bytes(10))
+    file.write_text(f"{module}\n{tmp_path / 'gone.pyc'}")
+    monkeypatch.delitem(sys.modules, "torch")
+    advised: list[int] = []
+    monkeypatch.setattr(import_files, "_is_cold", lambda _: True)
+    monkeypatch.setattr(import_files.os, "posix_fadvise", lambda *arguments: advised.append(arguments[1]))
+    import_files.read_ahead(tmp_path)
+    for thread in threading.enumerate():
+        if thread.name == "loadstone-imports":
+            thread.join()
+    assert advised == [0]
+
+
+def test_a_list_that_was_never_learnt_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    import_files.read_ahead(tmp_path)
+
+
+def test_a_file_that_is_gone_is_not_cold(tmp_path: Path) -> None:
+    assert not import_files._is_cold(str(tmp_path / "gone"))
+
+
+def test_a_cached_file_is_warm(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    assert not import_files._is_cold(str(tmp_path / "a"))
