@@ -46,8 +46,9 @@ def load_tokenizer(
     )
     checkpoint = open_checkpoint(source, revision=revision, local_files_only=local_files_only, hub=access)
     with paused_gc():
-        from loadstone.architecture import transformers_tokenizer as tokenizers
+        from loadstone.architecture.transformers_tokenizer import load_gguf_tokenizer
+        from loadstone.architecture.transformers_tokenizer import load_tokenizer as load_from_folder
 
         if checkpoint.format is Format.GGUF:
-            return tokenizers.load_gguf_tokenizer(checkpoint.metadata)
-        return tokenizers.load_tokenizer(checkpoint.root, trust_remote_code=trust_remote_code)
+            return load_gguf_tokenizer(checkpoint.metadata)
+        return load_from_folder(checkpoint.root, trust_remote_code=trust_remote_code)

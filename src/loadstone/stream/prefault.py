@@ -1,8 +1,8 @@
 """Bring mapped files in from the disk, and into the page tables, before somebody waits for them.
 
-A thread walks the very maps that the parameters are views of: it populates a step, which reads the disk, and then touches
-each page of it, which on virtual machines makes the host back the page (measured: up to 5 of a first forward's 6
-seconds). So the first forward finds its weights in memory, while something else was waited for: imports, the skeleton.
+A thread walks the very maps that the parameters are views of: it populates a step, which reads the disk, and then
+touches each page of it, which on virtual machines makes the host back the page (measured: up to 5 of a first forward's
+6 seconds). So the first forward finds its weights in memory; the time went by while torch was imported.
 """
 
 from __future__ import annotations
