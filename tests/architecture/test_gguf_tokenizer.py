@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,14 @@ def test_missing_merges_are_refused() -> None:
 def test_missing_scores_are_refused(model: str) -> None:
     with pytest.raises(InvalidHeader, match=r"tokenizer\.ggml\.scores must have one score for each of the 1 tokens"):
         tokenizer_json({"tokenizer.ggml.model": model, "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.scores": []})
+
+
+def test_huge_token_takes_no_time(pieces: sentencepiece.SentencePieceProcessor) -> None:
+    metadata = from_sentencepiece(pieces, "llama")
+    metadata["tokenizer.ggml.tokens"][-1] = "x" * 4_000_000
+    begin = time.perf_counter()
+    tokenizer_json(metadata)
+    assert time.perf_counter() - begin < 2  # cutting it everywhere would take hours
 
 
 def test_special_id_outside_the_vocabulary_is_refused() -> None:

@@ -28,6 +28,9 @@ _SPACE = "\u2581"
 _PADDING = re.compile(r"\[PAD\d+\]")
 _NUM_T5_BLANKS = 100
 
+# Cutting a token everywhere takes the square of its length; no trained vocabulary has pieces near this long.
+_LONGEST_MERGED = 512
+
 # Special tokens of tokenizer_config.json, and the metadata that holds their ids ("seperator" is GGUF's spelling).
 _SPECIAL = {
     "bos_token": "bos_token_id",
@@ -270,6 +273,8 @@ def _merges(vocab: Mapping[str, int], scores: Iterable[float]) -> list[list[str]
     """The merges that a vocabulary implies: each token from every two tokens it can be cut into, best score first."""
     found = []
     for token, score in zip(vocab, scores, strict=False):
+        if len(token) > _LONGEST_MERGED:
+            continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab:
