@@ -102,7 +102,7 @@ def test_code_in_a_pickle_is_named_and_not_run(run: Run, tmp_path: Path, command
     evil = Evil()
     evil.path = str(tmp_path / "was-run")  # type: ignore[attr-defined]
     torch.save({"weight": torch.ones(2), "evil": evil}, tmp_path / "pytorch_model.bin")
-    one_sentence(run(command, tmp_path), "pytorch_model.bin", "pathlib")
+    one_sentence(run(command, tmp_path), "pytorch_model.bin", "getattr")
     assert not (tmp_path / "was-run").exists()
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(evil))
     one_sentence(run(command, tmp_path), "pytorch_model.bin")

@@ -1,7 +1,7 @@
 """GGUF blocks -> float32, in numpy alone and bit by bit what gguf-py gives.
 
 A block is decoded in three steps that each run over a strip of blocks that fits the cache: its packed integers are
-spread into one byte each (shifts and masks on 64-bit words, moved as 16- to 64-byte items), the bytes become floats,
+spread into one byte each (shifts and masks on 64-bit words), the bytes become floats,
 and the floats are scaled. The order of the two roundings, `(d * q) + m`, is gguf-py's. numpy releases the GIL in all of
 them, so callers decode different strips in different threads.
 """
@@ -21,8 +21,9 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Kernel = Callable[[Bytes, Floats], None]
 
-# The floats decoded at once: 512 kB of them, with their bytes, stay near the core; fewer pay numpy's calls too often.
-STRIP_NUMEL = 131072
+# The floats decoded at once: 1 MB of them, with their bytes, stay in a large second-level cache. Smaller strips make
+# calls so short that threads spend their time handing each other the GIL.
+STRIP_NUMEL = 262144
 
 # Masks over the four bytes of a word: their low six, four and two bits, and bits 4-5.
 _LOW6, _LOW4, _LOW2, _MID2 = (np.uint32(mask * 0x01010101) for mask in (63, 15, 3, 48))
@@ -101,18 +102,27 @@ def _field(blocks: Bytes, offset: int, nbytes: int) -> Bytes:
 def _spread(field: Bytes, shifts: tuple[int, ...], mask: int, item: int) -> Bytes:
     """The bit fields of bytes: every run of `item` bytes becomes one run for each of `shifts`.
 
-    Shifting words moves bits across bytes; the mask drops them.
+    Shifting words moves bits across bytes; the mask drops them. It is done in few calls on many words: each call takes
+    the GIL again, and with two threads that would cost more than the work.
     """
-    packed = field.view(np.uint64)
     num_blocks, runs = len(field), field.shape[1] // item
-    out = np.empty((num_blocks, runs * len(shifts) * item), np.uint8)
-    places = out.view(f"V{item}").reshape(num_blocks, runs, len(shifts))
     mask_word = np.uint64(mask * 0x0101010101010101)
-    for index, shift in enumerate(shifts):
-        words = np.right_shift(packed, np.uint64(shift)) if shift else packed
-        words = np.bitwise_and(words, mask_word, out=words if shift else None)
-        for run, column in enumerate(words.view(f"V{item}").T):
-            places[:, run, index] = column
+    if item == 16:
+        return _spread_nibbles(field, mask_word)
+    packed = field.view(np.uint64).reshape(num_blocks, runs, 1, item // 8)
+    words = np.right_shift(packed, np.array(shifts, np.uint64)[:, None])
+    np.bitwise_and(words, mask_word, out=words)
+    return words.view(np.uint8).reshape(num_blocks, -1)
+
+
+def _spread_nibbles(field: Bytes, mask_word: np.uint64) -> Bytes:
+    """The same for blocks of 16 bytes, too short for loops over their words: moved as one item each."""
+    out = np.empty((len(field), 32), np.uint8)
+    places = out.view("V16")
+    packed = field.view(np.uint64)
+    places[:, 0] = np.bitwise_and(packed, mask_word).view("V16")[:, 0]
+    words = np.right_shift(packed, _U4.astype(np.uint64))
+    places[:, 1] = np.bitwise_and(words, mask_word, out=words).view("V16")[:, 0]
     return out
 
 
