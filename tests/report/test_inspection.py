@@ -8,35 +8,7 @@ from rich.console import Console
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.report.inspection import inspect_checkpoint, render, to_json
 
-EXPECTED = """\
-LlamaForCausalLM in folder
-42 parameters in 5 tensors, 84 B as safetensors: bfloat16 84 B
-
-file                size
-model.safetensors  100 B
-blocks, in execution order ───────────────────────────────────────
-block                   tensors       size  dtypes
-model.embed_tokens            1       24 B  bfloat16
-model.layers.0 … 1  2 ×       1  12 B each  bfloat16
-model.norm                    1       12 B  bfloat16
-lm_head                       1       24 B  bfloat16
-inside model.layers.0 ────────────────────────────────────────────
-tensor         dtype     shape  size
-mlp.up.weight  bfloat16  2 × 3  12 B
-missing  no tokenizer file beside the weights
-missing  no generation_config.json; generation uses the
-defaults of the config
-config, explained ────────────────────────────────────────────────
-architectures = ["LlamaForCausalLM"]
-    The classes the checkpoint was saved from; the first one
-    is built.
-vocab_size = 4
-    How many tokens there are: the rows of the embedding
-    table. → the embedding table has 12 parameters.
-hidden_size = 3
-    The width of the residual stream: every block reads and
-    writes vectors of this length.
-"""
+SNAPSHOT = Path(__file__).with_name("inspection_at_66_columns.txt")
 
 
 @pytest.fixture
@@ -73,7 +45,7 @@ def test_the_drawing_at_66_columns(checkpoint: Checkpoint) -> None:
     drawn = io.StringIO()
     render(inspect_checkpoint(checkpoint), Console(file=drawn, width=66, color_system=None))
     lines = [line.rstrip() for line in drawn.getvalue().splitlines()]
-    assert "\n".join(lines) + "\n" == EXPECTED
+    assert "\n".join(lines) + "\n" == SNAPSHOT.read_text()
 
 
 def test_everything_is_plain_data(checkpoint: Checkpoint) -> None:
