@@ -21,7 +21,6 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 
 import builders
-
 import loadstone
 
 BATCH = 12

@@ -21,59 +21,63 @@ Format = Literal["safetensors", "sharded safetensors", "bin", "sharded bin"]
 VOCAB = 160
 SEED = 0
 
+
 # The tiny value of a field, wherever it occurs. Widths are multiples of 16 and heads divide them.
+def _each(names: str, value: Any) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), value)
+
+
 TINY: dict[str, Any] = {
     # widths
-    **dict.fromkeys(
+    **_each(
         "hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size decoder_hidden_size encoder_hidden_size "
         "d_embed model_dim text_hidden_size hidden_size_per_layer_input attention_hidden_size lru_width width "
-        "vision_hidden_size dim_model decoder_input_dim conv_dim_in proj_dim".split(),
+        "vision_hidden_size dim_model decoder_input_dim conv_dim_in proj_dim",
         64,
     ),
-    **dict.fromkeys(
+    **_each(
         "intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size mlp_dim "
         "shared_expert_intermediate_size dense_intermediate_size moe_shared_expert_intermediate_size "
         "moe_ffn_hidden_size expert_ffn_hidden_size shared_intermediate_size block_ff_dim "
         "intermediate_size_mlp feed_forward_size dim_feedforward mamba_intermediate_size "
-        "shared_expert_ffn_size ffn_intermediate_size hidden_size_mlp".split(),
+        "shared_expert_ffn_size ffn_intermediate_size hidden_size_mlp",
         96,
     ),
-    **dict.fromkeys("moe_intermediate_size expert_hidden_size".split(), 32),
-    **dict.fromkeys("projection_dim pooler_output_size output_dim classifier_proj_size proj_size text_embed_dim".split(), 32),
+    **_each("moe_intermediate_size expert_hidden_size", 32),
+    **_each("projection_dim pooler_output_size output_dim classifier_proj_size proj_size text_embed_dim", 32),
     # depth
-    **dict.fromkeys(
+    **_each(
         "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
         "num_encoder_layers depth num_blocks num_conv_layers speech_decoder_layers text_decoder_layers "
         "text_encoder_layers speech_encoder_layers adapter_layers max_window_layers "
-        "t2u_encoder_layers t2u_decoder_layers num_coarse_layers".split(),
+        "t2u_encoder_layers t2u_decoder_layers num_coarse_layers",
         2,
     ),
     # heads
-    **dict.fromkeys(
+    **_each(
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-        "num_decoder_attention_heads attention_heads heads num_query_heads".split(),
+        "num_decoder_attention_heads attention_heads heads num_query_heads",
         4,
     ),
-    **dict.fromkeys("num_key_value_heads num_kv_heads n_head_kv multi_query_group_num swa_num_key_value_heads".split(), 2),
-    **dict.fromkeys("head_dim d_kv attention_head_dim attention_head_size kv_channels".split(), 16),
+    **_each("num_key_value_heads num_kv_heads n_head_kv multi_query_group_num swa_num_key_value_heads", 2),
+    **_each("head_dim d_kv attention_head_dim attention_head_size kv_channels", 16),
     "global_head_dim": 16,
+    **_each("rotary_dim indexer_head_dim index_head_dim", 8),
+    **_each("linear_head_dim", 16),
+    **_each("linear_num_heads layer_group_size num_expert_group", 2),
     "num_global_key_value_heads": 2,
     # vocabulary and positions
-    **dict.fromkeys("vocab_size text_vocab_size input_vocab_size output_vocab_size decoder_vocab_size".split(), VOCAB),
-    **dict.fromkeys(
+    **_each("vocab_size text_vocab_size input_vocab_size output_vocab_size decoder_vocab_size", VOCAB),
+    **_each(
         "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length max_target_positions seq_length "
-        "max_source_positions max_text_len context_length".split(),
+        "max_source_positions max_text_len context_length",
         64,
     ),
-    **dict.fromkeys("sliding_window attention_window_size window_size attention_chunk_size".split(), 8),
+    **_each("sliding_window attention_window_size window_size attention_chunk_size", 8),
     # experts
-    **dict.fromkeys(
-        "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts ffn_num_experts".split(), 4
-    ),
-    **dict.fromkeys(
-        "num_experts_per_tok num_experts_per_token moe_top_k moe_topk top_k_experts moe_k experts_per_token".split(), 2
-    ),
-    **dict.fromkeys("n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts".split(), 1),
+    **_each("num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts ffn_num_experts", 4),
+    **_each("num_experts_per_tok num_experts_per_token moe_top_k moe_topk top_k_experts moe_k experts_per_token", 2),
+    **_each("n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts", 1),
     "first_k_dense_replace": 1,
     # latent attention
     "q_lora_rank": 16,
@@ -82,8 +86,8 @@ TINY: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     # state spaces
-    **dict.fromkeys("state_size mamba_d_state ssm_state_size mamba_state_size d_state".split(), 8),
-    **dict.fromkeys("conv_kernel mamba_d_conv conv_kernel_size".split(), 4),
+    **_each("state_size mamba_d_state ssm_state_size mamba_state_size d_state", 8),
+    **_each("conv_kernel mamba_d_conv conv_kernel_size", 4),
     "time_step_rank": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -98,7 +102,39 @@ TINY: dict[str, Any] = {
 
 # What a family does differently. A value replaces the rule, DROP leaves the field at its default.
 DROP = object()
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"num_hidden_layers": 2},
+    "cohere_compass_text": {"layer_types": DROP, "num_hidden_layers": 4},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "layer_types": DROP},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "attention_layers": DROP},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
+    "xlstm": {"num_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": DROP, "num_hidden_layers": 6, "attention_head_dim": 32, "num_key_value_heads": 4},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "mamba_headdim": 16,
+        "hybrid_layer_ids": [1, 3],
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 # Token ids and the like must lie inside the tiny vocabulary.
 _ID_SUFFIXES = ("_token_id", "_token_index", "_token_ids")
@@ -142,8 +178,14 @@ def tiny_config(model_type: str) -> Any:
 def _shrunk(config_class: Any, exceptions: dict[str, Any]) -> Any:
     changes: dict[str, Any] = {}
     default = config_class()
-    for name, value in default.to_dict().items():
-        if name in exceptions:
+    fields = default.to_dict()
+    changes.update(_layer_kinds(fields))
+    # In latent attention the head width that rotary positions see is the rotary part's.
+    if "qk_rope_head_dim" in fields:
+        changes |= {"head_dim": TINY["qk_rope_head_dim"]} if "head_dim" in fields else {}
+        changes |= {"num_key_value_heads": TINY["num_attention_heads"]} if "num_key_value_heads" in fields else {}
+    for name, value in fields.items():
+        if name in exceptions or name in changes:
             continue
         if name in (getattr(config_class, "sub_configs", None) or {}) and value is not None:
             sub = getattr(default, name)
@@ -155,6 +197,19 @@ def _shrunk(config_class: Any, exceptions: dict[str, Any]) -> Any:
             changes[name] = _inside(value, name)
     changes.update({name: value for name, value in exceptions.items() if value is not DROP and not name.endswith(".")})
     return config_class(**changes)
+
+
+def _layer_kinds(fields: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind that the default config has, so that no kind goes untested."""
+    changes: dict[str, Any] = {}
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = list(dict.fromkeys(fields.get(name) or ()))
+        if len(kinds) > 1:
+            changes[name] = kinds
+    count = max((len(kinds) for kinds in changes.values()), default=0)
+    for name, kinds in changes.items():
+        changes[name] = kinds + kinds[-1:] * (count - len(kinds))
+    return {**changes, "num_hidden_layers": count} if count else {}
 
 
 def _inside(value: Any, name: str) -> Any:

@@ -85,7 +85,7 @@ def describe(config: Mapping[str, Any], wanted: Wanted) -> Described:
     own = model_class.config_class
     if own is not None and not isinstance(hf_config, own):
         nested = config.get(getattr(own, "base_config_key", "") or "", config)
-        hf_config = own.from_dict(dict(nested))
+        hf_config = own.from_dict(_plain(own, nested))
     hf_config.name_or_path = wanted.name
     if wanted.attn_implementation is not None:
         hf_config._attn_implementation = wanted.attn_implementation
@@ -114,10 +114,16 @@ def _build_config(config: Mapping[str, Any], wanted: Wanted) -> tuple[Any, bool]
             "Upgrade transformers, or pass into= with your own class."
         )
     try:
-        return config_class.from_dict(dict(config)), model_type not in mapping
+        return config_class.from_dict(_plain(config_class, config)), model_type not in mapping
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InvalidConfig(f"{where}: {config_class.__name__} does not accept it: {reason}") from error
+
+
+def _plain(config_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with infinities in place of the objects that transformers writes for them."""
+    decoded: dict[str, Any] = config_class._decode_special_floats(dict(config))
+    return decoded
 
 
 def _find_class(hf_config: Any, config: Mapping[str, Any], wanted: Wanted, remote: bool) -> tuple[Any, str]:

