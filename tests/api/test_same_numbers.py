@@ -31,11 +31,11 @@ TYPES = {
     ),
     "seq2seq": "t5 bart mbart pegasus",
     "encoder": "bert roberta distilbert electra deberta-v2 modernbert",
-    "image": "vit convnext resnet dinov2 swin",
+    "image": "vit resnet dinov2 mobilenet_v2",
     "contrastive": "clip siglip",
     "ctc": "wav2vec2 hubert",
     "speech": "whisper",
-    "image-text": "llava qwen2_vl",
+    "image-text": "llava paligemma",
 }
 SPREAD = [(kind, model_type) for kind, names in TYPES.items() for model_type in names.split()]
 

@@ -94,7 +94,7 @@ ATTENTION = {
     "qkv_bias": "Whether the query, key and value projections have biases.",
     "qk_layernorm": "Whether queries and keys are normalised before they meet.",
     "use_qk_norm": "Whether queries and keys are normalised before they meet.",
-    "qkv_clip": "Queries, keys and values are clamped to ± this value; null means they are not.",
+    "clip_qkv": "Queries, keys and values are clamped to ± this value; null means they are not.",
     "use_qkv_bias": "Whether the query, key and value projections have biases.",
     "n_heads": "How many heads each attention layer has.",
     "num_global_key_value_heads": "How many key and value heads layers with full attention have.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,14 @@ class LoadReport:
     def read_bytes_per_s(self) -> float:
         """The rate at which stored bytes were read and decoded."""
         return self.read_bytes / self.read_s if self.read_s else 0.0
+
+    def __str__(self) -> str:
+        """The report as text, 100 columns wide."""
+        from rich.console import Console
+
+        drawn = io.StringIO()
+        render(self, Console(file=drawn, width=100, color_system=None))
+        return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, sizes in bytes and times in seconds."""
