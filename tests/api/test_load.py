@@ -238,3 +238,76 @@ def test_a_dtype_that_is_none_is_refused(llama_folder: Path) -> None:
 def test_a_model_that_was_not_loaded_here_is_unknown() -> None:
     with pytest.raises(ValueError, match=r"this Linear was not loaded by loadstone\.load"):
         loadstone.of(torch.nn.Linear(1, 1))
+
+
+def test_the_way_to_another_device_runs_on_one_without_memory(llama_folder: Path) -> None:
+    """The meta device stands in for an accelerator: tensors are cast there and nothing is computed on the host."""
+    model = loadstone.load(llama_folder, device="meta", dtype="float32")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert loadstone.of(model).report.device.value == "meta"
+
+
+def test_code_in_a_checkpoint_runs_when_it_is_trusted(tmp_path: Path) -> None:
+    (tmp_path / "modeling_own.py").write_text(
+        """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "brandnew"
+    width: int = 3
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(config.width, config.width)
+        self.post_init()
+    def forward(self, x):
+        return self.linear(x)
+"""
+    )
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+    config = {"model_type": "brandnew", "architectures": ["OwnModel"], "auto_map": auto_map, "width": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"linear.weight": torch.ones(2, 2), "linear.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    model = loadstone.load(tmp_path, trust_remote_code=True)
+    assert torch.equal(model(torch.ones(1, 2)), torch.full((1, 2), 3.0))
+    with pytest.raises(RemoteCodeRefused, match="OwnConfig"):
+        loadstone.load(tmp_path)
+
+
+def test_tied_tensors_of_a_pickle_stay_one(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for dtype in ("float32", "bfloat16"):
+        loaded = loadstone.load(tmp_path, dtype=dtype)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(loaded.dtype))
+
+
+def test_nothing_is_read_for_a_checkpoint_that_lacks_a_tensor(
+    llama_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loadstone.stream.materialize import Materializer
+
+    path = llama_copy / "model.safetensors"
+    state = load_file(path)
+    del state["model.norm.weight"]
+    save_file(state, path)
+    monkeypatch.setattr(Materializer, "run", lambda *_: pytest.fail("tensors were made"))
+    with pytest.raises(CheckpointMismatch, match=r"model\.norm\.weight"):
+        loadstone.load(llama_copy)

@@ -68,6 +68,9 @@ def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
         mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
         told.text = _keymap_line(mapped.keymap, checkpoint)
         told.lines = _keymap_samples(mapped.keymap)
+        notes = (*checkpoint.notes, *mapped.notes)
+        if not mapped.keymap.conversions:  # what conversions make is known only when they have run
+            notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
     with recorder.stage("tensors") as told:
         made = materializer.run(mapped.keymap, mapped.targets)
         blueprint.place(module, made.tensors)
@@ -76,7 +79,8 @@ def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
         )
         told.lines = tuple(_tensor_line(made, fqn) for fqn in islice(made.tensors, _SAMPLES))
     with recorder.stage("ties, buffers, eval") as told:
-        notes = (*checkpoint.notes, *mapped.notes, *_check_missing(begun, blueprint, mapped, made))
+        if mapped.keymap.conversions:
+            notes += _check_missing(begun, blueprint, mapped, set(made.tensors))
         missing = set(slots) - set(made.tensors)
         told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
@@ -220,8 +224,8 @@ def _tensor_line(made: Materialized, fqn: str) -> str:
     return f"{fqn} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def _check_missing(begun: Begun, blueprint: Blueprint, mapped: _Mapped, made: Materialized) -> tuple[str, ...]:
-    missing = set(mapped.slots) - set(made.tensors)
+def _check_missing(begun: Begun, blueprint: Blueprint, mapped: _Mapped, filled: set[str]) -> tuple[str, ...]:
+    missing = set(mapped.slots) - filled
     faults = missing - blueprint.expected_missing(mapped.module, missing)
     return check_missing(faults, mapped.keymap.unexpected, _rules(begun))
 

@@ -143,15 +143,21 @@ class Ahead:
             decode: whether to decode and cast now; without it only mapped bytes are brought in.
         """
         fills, mapped = [], dict.fromkeys(file.path for file in checkpoint.files)
+        places: dict[tuple[Path, int, int, str], Decoded] = {}
         for info in checkpoint.tensors.values():
             dtype = wanted_dtype(info)
             if is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
                 continue
-            data = self.arena.take(nbytes_of(DTYPES[dtype], info.numel))
-            fill = fill_for(info, dtype, data)
-            if fill is not None:
+            # Tied tensors of torch pickles are the same bytes under several names.
+            place = (info.file, info.offset, info.nbytes, dtype)
+            if place not in places:
+                data = self.arena.take(nbytes_of(DTYPES[dtype], info.numel))
+                fill = fill_for(info, dtype, data)
+                if fill is None:
+                    continue
                 fills.append(fill)
-                self.decoded[info.name] = Decoded(dtype=dtype, data=data)
+                places[place] = Decoded(dtype=dtype, data=data)
+            self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
         self._reader.start(fills)
         ranges = [self.maps.whole(path) for path in mapped if path not in decoded_files]
