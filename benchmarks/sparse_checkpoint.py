@@ -129,6 +129,6 @@ def write(folder: Path, config: dict[str, object], shapes: Shapes, num_shards: i
 
 def _parts(shapes: Shapes, count: int) -> Iterator[Shapes]:
     names = list(shapes)
-    share = -(-len(names) // count)
-    for begin in range(0, len(names), share):
-        yield {name: shapes[name] for name in names[begin : begin + share]}
+    for number in range(count):
+        begin, end = number * len(names) // count, (number + 1) * len(names) // count
+        yield {name: shapes[name] for name in names[begin:end]}

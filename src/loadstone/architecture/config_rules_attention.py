@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from loadstone.architecture.config_sizes import Sizes, kv_cache_bytes, kv_cache_bytes_per_token
+from loadstone.architecture.config_sizes import Sizes, cache_bytes
 from loadstone.units import format_bytes
 
 Rule = Callable[[Any, Sizes], str | None]
@@ -16,9 +16,9 @@ _EXAMPLE_CONTEXT = 4096
 
 def cache_line(sizes: Sizes) -> str | None:
     """What the KV cache takes for a token and for a few thousand."""
-    per_token = kv_cache_bytes_per_token(sizes.config, sizes.dtype_bits)
+    per_token = cache_bytes(sizes, 1)
     context = min(_EXAMPLE_CONTEXT, sizes.context or _EXAMPLE_CONTEXT)
-    nbytes = kv_cache_bytes(sizes.config, context, sizes.dtype_bits)
+    nbytes = cache_bytes(sizes, context)
     if not per_token or nbytes is None:
         return None
     return f"the KV cache takes {per_token:,} bytes per token in {sizes.dtype}, {format_bytes(nbytes)} for {context:,}"
@@ -85,7 +85,7 @@ def _window(value: Any, sizes: Sizes) -> str | None:
     if not sizes.window_is_on:
         return "not in force: use_sliding_window is false, so every layer attends to the whole context"
     windowed = sum(kind in {"sliding_attention", "chunked_attention"} for kind in sizes.cached_kinds)
-    nbytes = kv_cache_bytes(sizes.config, value, sizes.dtype_bits)
+    nbytes = cache_bytes(sizes, value)
     if not windowed or not nbytes:
         return None
     if windowed == len(sizes.cached_kinds):
@@ -138,7 +138,7 @@ def _scale(value: Any, sizes: Sizes) -> str | None:
 
 
 def _context(value: Any, sizes: Sizes) -> str | None:
-    nbytes = kv_cache_bytes(sizes.config, value, sizes.dtype_bits)
+    nbytes = cache_bytes(sizes, value)
     if nbytes:
         return f"filled to the end, the KV cache of one sequence takes {format_bytes(nbytes)}"
     return None
@@ -249,7 +249,7 @@ def _distance_table(value: Any, sizes: Sizes) -> str | None:
 def _use_cache(value: Any, sizes: Sizes) -> str | None:
     if not sizes.cached_kinds:
         return "no effect: this family keeps no KV cache" if sizes.num_layers else None
-    return "" if value else "generation computes every earlier token again for each new one"
+    return None if value else "generation computes every earlier token again for each new one"
 
 
 def _everything(value: Any, sizes: Sizes) -> str:

@@ -254,7 +254,7 @@ def kv_cache_bytes_per_token(config: Mapping[str, Any], dtype_bits: int = 16) ->
     Returns:
         Bytes; 0 for models that keep no cache; None where the config does not say enough.
     """
-    return _cache_bytes(Sizes(config=config), 1, dtype_bits)
+    return cache_bytes(Sizes(config=config), 1, dtype_bits)
 
 
 def kv_cache_bytes(config: Mapping[str, Any], num_tokens: int, dtype_bits: int = 16) -> int | None:
@@ -269,16 +269,18 @@ def kv_cache_bytes(config: Mapping[str, Any], num_tokens: int, dtype_bits: int =
         Bytes, of self-attention only: what a decoder keeps of its encoder's output is not counted. None where the
         config does not say enough.
     """
-    return _cache_bytes(Sizes(config=config), num_tokens, dtype_bits)
+    return cache_bytes(Sizes(config=config), num_tokens, dtype_bits)
 
 
-def _cache_bytes(sizes: Sizes, num_tokens: int, dtype_bits: int) -> int | None:
+def cache_bytes(sizes: Sizes, num_tokens: int, dtype_bits: int | None = None) -> int | None:
+    """The same as `kv_cache_bytes`, of sizes that know what surrounds them; in their own dtype by default."""
+    bits = dtype_bits or sizes.dtype_bits
     kinds, window = sizes.cached_kinds, sizes.window or num_tokens
     if sizes.num_layers is None:
         return None
     positions = sum(num_tokens if kind == "full_attention" else min(num_tokens, window) for kind in kinds)
     if sizes.latent is not None:
-        return positions * sizes.latent * dtype_bits // 8
+        return positions * sizes.latent * bits // 8
     if sizes.num_kv_heads is None or sizes.head_dim is None:
         return None
-    return 2 * positions * sizes.num_kv_heads * sizes.head_dim * dtype_bits // 8
+    return 2 * positions * sizes.num_kv_heads * sizes.head_dim * bits // 8

@@ -130,7 +130,7 @@ def render(report: LoadReport, console: Console) -> None:
 
 def _facts(report: LoadReport) -> Iterator[tuple[str, str]]:
     yield "model", f"{report.model_class} from {report.source} ({report.chosen_by})"
-    yield "size", f"{format_count(report.num_parameters)} parameters, {format_bytes(report.weight_bytes)} in memory"
+    yield "size", f"{format_count(report.num_parameters)} parameters, {format_bytes(report.weight_bytes)} of weights"
     yield "dtype", f"{report.dtype.value}: {report.dtype.reason}"
     yield "device", f"{report.device.value}: {report.device.reason}"
     yield "attention", f"{report.attention.value}: {report.attention.reason}"
