@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from loadstone.execute.generate import Prompt, Sampling, TokenStreamer, encode, generate
+from loadstone.execute.generate import TokenStreamer, encode, generate
+from loadstone.execute.values import Prompt, Sampling
 
 
 class Letters:

@@ -8,8 +8,19 @@ from typing import Any
 
 from loadstone.architecture.blocks import Block, bytes_by_dtype, group_blocks
 from loadstone.architecture.config_fields import MEANINGS, OTHER, TOPIC_OF, UNKNOWN
-from loadstone.architecture.config_rules_attention import ATTENTION_NULL_RULES, ATTENTION_RULES, Rule
-from loadstone.architecture.config_rules_contents import CONTENTS_NULL_RULES, CONTENTS_RULES
+from loadstone.architecture.config_rules_attention import (
+    ATTENTION_INTEGERS,
+    ATTENTION_NULLS,
+    ATTENTION_OTHERS,
+    ATTENTION_REALS,
+    Rule,
+)
+from loadstone.architecture.config_rules_contents import (
+    CONTENTS_INTEGERS,
+    CONTENTS_NULLS,
+    CONTENTS_OTHERS,
+    CONTENTS_REALS,
+)
 from loadstone.architecture.config_sizes import (
     Held,
     Sizes,
@@ -29,8 +40,12 @@ __all__ = [
     "num_blocks",
 ]
 
-_RULES: dict[str, Rule] = {**ATTENTION_RULES, **CONTENTS_RULES}
-_NULL_RULES: dict[str, Rule] = {**ATTENTION_NULL_RULES, **CONTENTS_NULL_RULES}
+# By the type of the value: a rule that multiplies is never handed a string.
+_REALS: dict[str, Rule] = {**ATTENTION_REALS, **CONTENTS_REALS}
+_INTEGERS: dict[str, Rule] = {**_REALS, **ATTENTION_INTEGERS, **CONTENTS_INTEGERS}
+_OTHERS: dict[str, Rule] = {**ATTENTION_OTHERS, **CONTENTS_OTHERS}
+_NULLS: dict[str, Rule] = {**ATTENTION_NULLS, **CONTENTS_NULLS}
+_LONGEST = 300
 _MAX_DEPTH = 8
 # Mappings that are one fact, although their names end as nested configs' do.
 _WHOLE = ("quantization_config", "compression_config")
@@ -96,11 +111,22 @@ def _facts(sizes: Sizes, prefix: str, depth: int) -> Iterator[ConfigFact]:
             yield from _facts(inner, f"{prefix}{name}.", depth + 1)
 
 
+def _rules_for(value: Any) -> dict[str, Rule]:
+    if value is None:
+        return _NULLS
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _OTHERS
+    if value <= 0:
+        return {}
+    return _INTEGERS if isinstance(value, int) else _REALS
+
+
 def _consequence(name: str, value: Any, sizes: Sizes) -> str | None:
-    rule = (_NULL_RULES if value is None else _RULES).get(name)
+    rule = _rules_for(value).get(name)
     if rule is None:
         return None
     try:
-        return rule(value, sizes)
+        text = rule(value, sizes)
     except _WRONG_VALUE:
         return None
+    return text if text is None or len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -9,6 +9,7 @@ from typing import Any
 from loadstone.architecture.config_sizes import Sizes, cache_bytes
 from loadstone.units import format_bytes
 
+# What follows from a value; a rule is only asked about values of the type its table is for.
 Rule = Callable[[Any, Sizes], str | None]
 
 _EXAMPLE_CONTEXT = 4096
@@ -21,7 +22,7 @@ def cache_line(sizes: Sizes) -> str | None:
     nbytes = cache_bytes(sizes, context)
     if not per_token or nbytes is None:
         return None
-    return f"the KV cache takes {per_token:,} bytes per token in {sizes.dtype}, {format_bytes(nbytes)} for {context:,}"
+    return f"the KV cache takes {per_token:,} bytes per token in {sizes.dtype}, {format_bytes(nbytes)} for {context:,} tokens"
 
 
 def _kv_heads(value: Any, sizes: Sizes) -> str | None:
@@ -100,7 +101,9 @@ def _window(value: Any, sizes: Sizes) -> str | None:
 
 def _use_window(value: Any, sizes: Sizes) -> str | None:
     window = sizes.number("sliding_window")
-    if value is False:
+    if not isinstance(value, bool):
+        return None
+    if not value:
         return f"sliding_window ({window:,}) is disabled" if window else "every layer attends to the whole context"
     windowed = sizes.kinds.count("sliding_attention")
     return f"{windowed} of {len(sizes.kinds)} layers use the window" if sizes.kinds else None
@@ -117,7 +120,9 @@ def _pattern(value: Any, sizes: Sizes) -> str | None:
     return f"{full} of {len(sizes.kinds)} layers attend to everything" if sizes.kinds else None
 
 
-def _layer_types(value: Any, sizes: Sizes) -> str:
+def _layer_types(value: Any, sizes: Sizes) -> str | None:
+    if not isinstance(value, list):
+        return None
     counts: dict[str, int] = {}
     for kind in map(str, value):
         counts[kind] = counts.get(kind, 0) + 1
@@ -164,7 +169,7 @@ def _base(value: Any, sizes: Sizes) -> str | None:
     width = sizes.number("qk_rope_head_dim") or sizes.head_dim
     if not width:
         return None
-    width = int(width * (sizes.get("partial_rotary_factor") or 1))
+    width = int(width * float(sizes.get("partial_rotary_factor") or 1))
     slowest = 2 * math.pi * float(value) ** ((width - 2) / width)
     return f"of {width // 2} frequencies the slowest turns once in {slowest:,.0f} tokens"
 
@@ -185,16 +190,23 @@ def _original(value: Mapping[str, Any], sizes: Sizes) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _factor(value: Mapping[str, Any]) -> float:
+    factor = value["factor"]
+    if not isinstance(factor, int | float):
+        raise TypeError(f"factor is {factor!r}")
+    return float(factor)
+
+
 def _stretched(value: Mapping[str, Any], sizes: Sizes) -> str:
     original = _original(value, sizes)
-    reach = f": {original:,} tokens become {int(original * value['factor']):,}" if original else ""
-    return f"stretched {value['factor']:g} times{reach}"
+    reach = f": {original:,} tokens become {int(original * _factor(value)):,}" if original else ""
+    return f"stretched {_factor(value):g} times{reach}"
 
 
 def _llama3(value: Mapping[str, Any], sizes: Sizes) -> str:
     original, context = _original(value, sizes), sizes.context
     reach = f"; trained on {original:,} tokens, made for {context:,}" if original and context else ""
-    return f"slow frequencies turn {value['factor']:g} times slower, fast ones as before{reach}"
+    return f"slow frequencies turn {_factor(value):g} times slower, fast ones as before{reach}"
 
 
 def _long(value: Mapping[str, Any], sizes: Sizes) -> str:
@@ -209,11 +221,11 @@ def _long(value: Mapping[str, Any], sizes: Sizes) -> str:
 
 def _dynamic(value: Mapping[str, Any], sizes: Sizes) -> str:
     since = f" beyond {sizes.context:,} tokens" if sizes.context else ""
-    return f"the base grows with the text{since}, by a factor of {value['factor']:g}"
+    return f"the base grows with the text{since}, by a factor of {_factor(value):g}"
 
 
 def _linear(value: Mapping[str, Any], sizes: Sizes) -> str:
-    return f"positions are divided by {value['factor']:g}"
+    return f"positions are divided by {_factor(value):g}"
 
 
 def _sections(value: Mapping[str, Any], sizes: Sizes) -> str:
@@ -249,52 +261,43 @@ def _distance_table(value: Any, sizes: Sizes) -> str | None:
 def _use_cache(value: Any, sizes: Sizes) -> str | None:
     if not sizes.cached_kinds:
         return "no effect: this family keeps no KV cache" if sizes.num_layers else None
-    return None if value else "generation computes every earlier token again for each new one"
+    return "generation computes every earlier token again for each new one" if value is False else None
 
 
-def _everything(value: Any, sizes: Sizes) -> str:
-    return "every layer attends to the whole context"
-
-
-ATTENTION_RULES: dict[str, Rule] = {
-    "num_key_value_heads": _kv_heads,
-    "num_kv_heads": _kv_heads,
-    "num_attention_heads": _heads,
-    "decoder_attention_heads": _heads,
-    "n_head": _heads,
-    "n_heads": _heads,
-    "num_heads": _heads,
-    "head_dim": _head_dim,
-    "d_kv": _head_dim,
+ATTENTION_INTEGERS: dict[str, Rule] = {
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), _kv_heads),
+    **dict.fromkeys(("num_attention_heads", "decoder_attention_heads", "n_head", "n_heads", "num_heads"), _heads),
+    **dict.fromkeys(("head_dim", "d_kv"), _head_dim),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), _window),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"), _pattern),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), _context),
     "kv_lora_rank": _latent,
     "qk_nope_head_dim": _key_width,
-    "sliding_window": _window,
-    "attention_chunk_size": _window,
-    "use_sliding_window": _use_window,
     "max_window_layers": _full_layers,
-    "sliding_window_pattern": _pattern,
-    "_sliding_window_pattern": _pattern,
-    "full_attention_interval": _pattern,
     "num_kv_shared_layers": _shared_cache,
-    "layer_types": _layer_types,
-    "query_pre_attn_scalar": _scale,
-    "max_position_embeddings": _context,
-    "n_positions": _context,
-    "max_target_positions": _context,
     "max_source_positions": _source_positions,
-    "position_embedding_type": _position_table,
-    "rope_theta": _base,
-    "rope_scaling": _rope,
-    "rope_parameters": _rope,
     "original_max_position_embeddings": _trained_context,
+    "relative_attention_num_buckets": _distance_table,
+}
+
+ATTENTION_REALS: dict[str, Rule] = {
+    "query_pre_attn_scalar": _scale,
+    "rope_theta": _base,
     "partial_rotary_factor": _partial,
     "rotary_pct": _partial,
-    "relative_attention_num_buckets": _distance_table,
+}
+
+ATTENTION_OTHERS: dict[str, Rule] = {
+    "use_sliding_window": _use_window,
+    "layer_types": _layer_types,
+    "position_embedding_type": _position_table,
+    "rope_scaling": _rope,
+    "rope_parameters": _rope,
     "use_cache": _use_cache,
 }
 
-ATTENTION_NULL_RULES: dict[str, Rule] = {
-    "sliding_window": _everything,
+ATTENTION_NULLS: dict[str, Rule] = {
+    "sliding_window": lambda value, sizes: "every layer attends to the whole context",
     "head_dim": _implied_head_dim,
     "rope_scaling": lambda value, sizes: "positions are used as they were trained",
     "q_lora_rank": lambda value, sizes: "queries are projected in one step",

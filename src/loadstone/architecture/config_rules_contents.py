@@ -85,7 +85,7 @@ def _inner_width(value: Any, sizes: Sizes) -> str | None:
 
 def _tied(value: Any, sizes: Sizes) -> str | None:
     vocabulary, width = sizes.number("vocab_size"), sizes.width
-    if not vocabulary or not width:
+    if not isinstance(value, bool) or not vocabulary or not width:
         return None
     nbytes = vocabulary * width * sizes.dtype_bits // 8
     table = f"{vocabulary:,} × {width:,} elements of {sizes.dtype}"
@@ -207,7 +207,7 @@ def _activation(value: Any, sizes: Sizes) -> str | None:
 
 
 def _gated(value: Any, sizes: Sizes) -> str | None:
-    return f"{3 if str(value).startswith('gated-') else 2} matrices in each feed-forward layer"
+    return f"{3 if value.startswith('gated-') else 2} matrices in each feed-forward layer"
 
 
 def _token(value: Any, sizes: Sizes) -> str | None:
@@ -248,7 +248,7 @@ def _temperature(value: Any, sizes: Sizes) -> str:
 
 
 def _labels(value: Any, sizes: Sizes) -> str:
-    names = ", ".join(str(label) for label in list(value.values())[:4])
+    names = ", ".join(str(label)[:24] for label in list(value.values())[:4])
     return f"{len(value):,} classes: {names}" + (", ..." if len(value) > 4 else "")
 
 
@@ -278,33 +278,36 @@ def _nested(value: Any, sizes: Sizes) -> str | None:
     return f"{layers} blocks, {width:,} wide" if layers and width else None
 
 
-_TOKEN_FIELDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "image_token_id")
-
-CONTENTS_RULES: dict[str, Rule] = {
-    **dict.fromkeys(_TOKEN_FIELDS, _token),
+CONTENTS_INTEGERS: dict[str, Rule] = {
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id", "image_token_id"), _token),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim"), _width),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), _layers),
     **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "ffn_dim", "ffn_hidden_size"), _feed_forward),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim"), _feed_forward),
-    **dict.fromkeys(("dtype", "torch_dtype"), _dtype),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _experts),
     **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "experts_per_token"), _chosen),
-    **dict.fromkeys(("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"), _which_layers),
-    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "dense_act_fn"), _activation),
-    **dict.fromkeys(("text_config", "vision_config", "audio_config"), _nested),
-    "architectures": _classes,
+    **dict.fromkeys(("decoder_sparse_step", "first_k_dense_replace"), _which_layers),
+    **dict.fromkeys(("num_channels", "in_channels"), _channels),
     "vocab_size": _vocabulary,
-    "tie_word_embeddings": _tied,
     "moe_intermediate_size": _expert_width,
     "n_shared_experts": _shared_experts,
     "num_nextn_predict_layers": _further_tokens,
-    "feed_forward_proj": _gated,
     "eos_token_id": _ends,
     "patch_size": _patches,
-    "num_channels": _channels,
-    "in_channels": _channels,
     "spatial_merge_size": _merged,
-    "logit_scale_init_value": _temperature,
+}
+
+CONTENTS_REALS: dict[str, Rule] = {"logit_scale_init_value": _temperature}
+
+CONTENTS_OTHERS: dict[str, Rule] = {
+    **dict.fromkeys(("dtype", "torch_dtype"), _dtype),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "dense_act_fn"), _activation),
+    **dict.fromkeys(("text_config", "vision_config", "audio_config"), _nested),
+    "architectures": _classes,
+    "tie_word_embeddings": _tied,
+    "mlp_only_layers": _which_layers,
+    "feed_forward_proj": _gated,
+    "eos_token_id": _ends,
     "id2label": _labels,
     "label2id": _label_count,
     "task_specific_params": _tasks,
@@ -312,7 +315,7 @@ CONTENTS_RULES: dict[str, Rule] = {
     "quantization_config": _quantised,
 }
 
-CONTENTS_NULL_RULES: dict[str, Rule] = {
+CONTENTS_NULLS: dict[str, Rule] = {
     "n_inner": _inner_width,
     "pad_token_id": lambda value, sizes: "texts of one batch cannot be padded until one is chosen",
 }

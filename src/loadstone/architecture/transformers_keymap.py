@@ -68,15 +68,13 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
             group = groups.setdefault(target, _Group(converter=by_pattern[pattern]))
             group.sources.setdefault(pattern, []).append(name)
 
-    assignments = [Assignment(target=target, parts=(Part(source=name),)) for target, name in copies.items()]
-    conversions = []
-    for target, group in groups.items():
-        parts = _as_parts(around, target, group)
-        if parts is not None:
-            assignments.append(Assignment(target=target, parts=parts))
-        else:
-            conversions.append(_as_conversion(model, around, target, group))
     model._weight_conversions = [entry for entry in transforms if entry.was_used()]
+    assignments = [Assignment(target=target, parts=(Part(source=name),)) for target, name in copies.items()]
+    fused = {target: _as_parts(around, target, group) for target, group in groups.items()}
+    assignments += [Assignment(target=target, parts=parts) for target, parts in fused.items() if parts is not None]
+    conversions = [
+        _as_conversion(model, around, target, groups[target]) for target, parts in fused.items() if not parts
+    ]
     return KeyMap(assignments=tuple(assignments), conversions=tuple(conversions), unexpected=tuple(unexpected))
 
 

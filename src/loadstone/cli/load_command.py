@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loadstone.checkpoint.demo import demo_model
 from loadstone.cli import options
+from loadstone.cli.loading import LoadOptions, load_model
 from loadstone.cli.progress import shown
 
 if TYPE_CHECKING:
@@ -35,24 +35,21 @@ def load_command(
     as_json: options.Json = False,
 ) -> None:
     """Load a model, print the load report, and exit."""
-    from loadstone.api.load import load
     from loadstone.api.registry import of
     from loadstone.report import load_report
 
+    wanted = LoadOptions(
+        architecture=architecture,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+        strict=not no_strict,
+    )
     with shown(options.err(), quiet=quiet or as_json) as observer:
-        path = source or str(demo_model(observer))
-        model = load(
-            path,
-            architecture=architecture,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            strict=not no_strict,
-            progress=observer,
-        )
+        model, _ = load_model(source, wanted, observer)
     report = measured(of(model).report)
     if as_json:
         options.print_json(report.to_json())

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from loadstone.checkpoint.demo import demo_model
 from loadstone.cli import options
+from loadstone.cli.loading import LoadOptions, load_model
 from loadstone.cli.progress import shown
+from loadstone.execute.values import Generated, Prompt, Sampling
 from loadstone.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from loadstone.execute.generate import Generated
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -53,37 +51,30 @@ def run_command(
 
     With one argument only, the demo model answers it: loadstone run "Why is the sky blue?"
     """
-    source, text = _source_and_prompt(source, prompt)
-    from loadstone.api.load import load
     from loadstone.api.tokenizer import load_tokenizer
     from loadstone.hardware.memory import PeakWatch
 
+    source, text = _source_and_prompt(source, prompt)
+    wanted = LoadOptions(
+        architecture=architecture,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+    asked = Prompt(text=text, system=system, raw=raw)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with PeakWatch() as watch:
         with shown(options.err(), quiet=quiet or as_json) as observer:
-            path = source or str(demo_model(observer))
-            model = load(
-                path,
-                architecture=architecture,
-                dtype=dtype,
-                device=device,
-                attn_implementation=attn_implementation,
-                revision=revision,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
-                progress=observer,
-            )
+            model, path = load_model(source, wanted, observer)
             tokenizer = load_tokenizer(
                 path, local_files_only=True, revision=revision, trust_remote_code=trust_remote_code
             )
-        from loadstone.execute.generate import Prompt, Sampling, generate
+        from loadstone.execute.generate import generate
 
-        made = generate(
-            model,
-            tokenizer,
-            Prompt(text=text, system=system, raw=raw),
-            Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
-            _nothing if as_json else _say,
-        )
+        made = generate(model, tokenizer, asked, sampling, _nothing if as_json else _say)
     _close(model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
 
 
