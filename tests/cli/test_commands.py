@@ -147,7 +147,11 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert run(monkeypatch, capsys, "--version").strip() == f"loadstone {__version__}"
 
 
-def test_one_argument_that_is_no_source_is_a_prompt() -> None:
+def test_one_argument_that_is_no_source_is_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert run_command._source_and_prompt("hello", None) == (None, "hello")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("why?"))
+    assert run_command._source_and_prompt("gpt2", None) == ("gpt2", "why?")
     assert run_command._source_and_prompt("why is it so?", None) == (None, "why is it so?")
     assert run_command._source_and_prompt("demo", "hello") == (None, "hello")
     assert run_command._source_and_prompt("org/name", "hello") == ("org/name", "hello")

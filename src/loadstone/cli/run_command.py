@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,22 +83,25 @@ def _source_and_prompt(source: str | None, prompt: str | None) -> tuple[str | No
     """One argument that is no source is a prompt for the demo model."""
     if prompt is None and source is not None and _is_prompt(source):
         source, prompt = None, source
-    if source in _DEMO_NAMES:
-        source = None
     if prompt in (None, "-"):
         if sys.stdin.isatty():
-            options.err().print("Type the prompt, then end it with Ctrl-D.")
+            options.err().print(f"Type the prompt for {source or 'the demo model'}, then end it with Ctrl-D.")
         prompt = sys.stdin.read()
+        if not prompt.strip() and source is not None and _is_word(source):
+            source, prompt = None, source
     if not prompt.strip():
         raise ValueError("the prompt is empty; give one as an argument or on standard input.")
-    return source, prompt
+    return (None if source in _DEMO_NAMES else source), prompt
 
 
 def _is_prompt(argument: str) -> bool:
     """Sources have no blanks and no question marks; what exists as a path is a source whatever it looks like."""
-    from pathlib import Path
-
     return any(mark in argument for mark in (" ", "?", "\n")) and not Path(argument).exists()
+
+
+def _is_word(argument: str) -> bool:
+    """A single word with nothing on standard input: a short prompt rather than a hub id, which has a slash."""
+    return "/" not in argument and argument not in _DEMO_NAMES and not Path(argument).exists()
 
 
 def _say(text: str) -> None:
