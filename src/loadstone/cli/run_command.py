@@ -83,7 +83,7 @@ def _source_and_prompt(source: str | None, prompt: str | None) -> tuple[str | No
     """One argument that is no source is a prompt for the demo model."""
     if prompt is None and source is not None and _is_prompt(source):
         source, prompt = None, source
-    if prompt in (None, "-"):
+    if prompt is None or prompt == "-":
         if sys.stdin.isatty():
             options.err().print(f"Type the prompt for {source or 'the demo model'}, then end it with Ctrl-D.")
         prompt = sys.stdin.read()
