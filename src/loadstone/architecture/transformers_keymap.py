@@ -7,6 +7,7 @@ fills directly, and only what really computes runs transformers' operations.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from transformers.core_model_loading import (
 from loadstone.architecture.blueprint import Surroundings
 from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part
 from loadstone.errors import CheckpointMismatch
+
+_Rename = Callable[[str], tuple[str, str | None]]
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(slots=True)
@@ -50,16 +54,14 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = model.base_model_prefix
 
     copies: dict[str, str] = {}
     groups: dict[str, _Group] = {}
     unexpected: list[str] = []
     # The order is part of the contract: experts are stacked in natural order, and some renamings are stateful.
+    rename = _remembering_experts(_renamer(model.base_model_prefix, around, renamings, converters))
     for name in sorted(around.checkpoint.tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, around.slots)
-        if target not in around.slots and name in around.slots:
-            target, pattern = rename_source_key(name, [], [], prefix, around.slots)
+        target, pattern = rename(name)
         if target not in around.slots:
             unexpected.append(name)
         elif pattern is None:
@@ -76,6 +78,36 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
         _as_conversion(model, around, target, groups[target]) for target, parts in fused.items() if not parts
     ]
     return KeyMap(assignments=tuple(assignments), conversions=tuple(conversions), unexpected=tuple(unexpected))
+
+
+def _renamer(prefix: str, around: Surroundings, renamings: list[Any], converters: list[Any]) -> _Rename:
+    def rename(name: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, around.slots)
+        if target not in around.slots and name in around.slots:
+            return rename_source_key(name, [], [], prefix, around.slots)  # type: ignore[no-any-return]
+        return target, pattern
+
+    return rename
+
+
+def _remembering_experts(rename: _Rename) -> _Rename:
+    """Ask once for all experts of a layer: tens of thousands of names differ only in the number of the expert.
+
+    A number that shows in the answer is noticed by asking for another expert too, and nothing is remembered then.
+    """
+    known: dict[tuple[str, str], tuple[str, str | None] | None] = {}
+
+    def remembered(name: str) -> tuple[str, str | None]:
+        match = _EXPERT.search(name)
+        if match is None:
+            return rename(name)
+        head, tail = name[: match.start(1)], name[match.end(1) :]
+        if (head, tail) not in known:
+            answers = {rename(f"{head}{number}{tail}") for number in (0, 1)}
+            known[head, tail] = answers.pop() if len(answers) == 1 else None
+        return known[head, tail] or rename(name)
+
+    return remembered
 
 
 def _as_parts(around: Surroundings, target: str, group: _Group) -> tuple[Part, ...] | None:

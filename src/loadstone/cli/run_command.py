@@ -81,17 +81,18 @@ def run_command(
 
 def _source_and_prompt(source: str | None, prompt: str | None) -> tuple[str | None, str]:
     """One argument that is no source is a prompt for the demo model."""
+    text = "" if prompt is None or prompt == "-" else prompt
     if prompt is None and source is not None and _is_prompt(source):
-        source, prompt = None, source
-    if prompt is None or prompt == "-":
+        text, source = source, None
+    elif prompt is None or prompt == "-":
         if sys.stdin.isatty():
             options.err().print(f"Type the prompt for {source or 'the demo model'}, then end it with Ctrl-D.")
-        prompt = sys.stdin.read()
-        if not prompt.strip() and source is not None and _is_word(source):
-            source, prompt = None, source
-    if not prompt.strip():
+        text = sys.stdin.read()
+        if not text.strip() and source is not None and _is_word(source):
+            text, source = source, None
+    if not text.strip():
         raise ValueError("the prompt is empty; give one as an argument or on standard input.")
-    return (None if source in _DEMO_NAMES else source), prompt
+    return (None if source in _DEMO_NAMES else source), text
 
 
 def _is_prompt(argument: str) -> bool:
