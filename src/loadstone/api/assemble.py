@@ -264,6 +264,8 @@ def _reporter(
             mapped_bytes=made.mapped_bytes,
             read_bytes=made.read_bytes,
             read_s=made.read_s,
+            paged_bytes=begun.ahead.paged_bytes,
+            paged_s=begun.ahead.paged_s,
             before=begun.before,
             peak=peak,
             rates=cached(begun.checkpoint.files[0].path, cache_folder()),

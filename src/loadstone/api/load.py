@@ -26,7 +26,7 @@ from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, check_counts, choose_dtype
 from loadstone.stream import import_files
 from loadstone.stream.host import Ahead
-from loadstone.units import format_bytes, format_count
+from loadstone.units import format_bytes, format_count, format_rate
 
 if TYPE_CHECKING:
     import torch
@@ -168,9 +168,19 @@ def load(
 
             told.text = "torch and the model code, while the weights are on their way"
         model, finish_report = assemble(begun)
+        with begun.recorder.stage("page in") as told:
+            begun.ahead.wait_for_pages()
+            told.text = _paged_line(begun.ahead)
     import_files.learn(cache_folder())
     remember(model, Loaded(report=finish_report(watch.peak, time.perf_counter() - begun.start)))
     return model
+
+
+def _paged_line(ahead: Ahead) -> str:
+    if not ahead.paged_bytes:
+        return "nothing to wait for"
+    rate = format_rate(ahead.paged_bytes / ahead.paged_s)
+    return f"{format_bytes(ahead.paged_bytes)} brought in at {rate}, beside everything above"
 
 
 def _check(request: Request) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from loadstone.architecture.blueprint import Source, Surroundings
 from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part, RenameRules, compile_rename
-from loadstone.architecture.skeleton import ModuleFactory, Slot, build, find_owner, replace_tensor
+from loadstone.architecture.skeleton import ModuleFactory, Slot, build, find_owner, replace_tensors
 from loadstone.errors import CheckpointMismatch
 
 Converter = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -131,6 +131,7 @@ class PlainModule:
     def place(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put the tensors in, each tied place once with one and the same parameter."""
         groups: dict[int, list[str]] = {}
+        placed: dict[str, torch.Tensor] = {}
         state = module.state_dict(keep_vars=True)
         for fqn, tensor in state.items():
             groups.setdefault(id(tensor), []).append(fqn)
@@ -141,25 +142,27 @@ class PlainModule:
             old = state[group[0]]
             if isinstance(old, nn.Parameter):
                 found = nn.Parameter(found, requires_grad=old.requires_grad and found.is_floating_point())
-            for fqn in group:
-                replace_tensor(module, fqn, found)
+            placed.update(dict.fromkeys(group, found))
+        replace_tensors(module, placed)
 
     def finish(self, module: nn.Module, missing: set[str], device: torch.device) -> str:
         """Give missing tensors the value the constructor gives them, move buffers, set eval mode."""
         drawn: nn.Module | None = None
+        placed: dict[str, torch.Tensor] = {}
         for fqn in sorted(missing - self.expected_missing(module, missing)):
             owner, name = find_owner(module, fqn)
             if getattr(owner, name).is_meta:
                 drawn = drawn or self.factory(**dict(self.config or {}))
-                replace_tensor(module, fqn, drawn.state_dict(keep_vars=True)[fqn].detach().to(device))
-        for fqn, buffer in list(module.named_buffers(remove_duplicate=False)):
+                placed[fqn] = drawn.state_dict(keep_vars=True)[fqn].detach().to(device)
+        replace_tensors(module, placed)
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        for fqn, buffer in buffers.items():
             if buffer.is_meta:
                 raise CheckpointMismatch(
                     f"{self.name}: the buffer {fqn} is drawn at random in the constructor and is not in the "
                     "checkpoint, so its value cannot be known; make it persistent, or compute it from the config."
                 )
-            if buffer.device != device:
-                replace_tensor(module, fqn, buffer.to(device))
+        replace_tensors(module, {fqn: buffer.to(device) for fqn, buffer in buffers.items() if buffer.device != device})
         module.eval()
         return "eval mode"
 

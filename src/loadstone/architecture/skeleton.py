@@ -49,6 +49,18 @@ class Slot:
     requires_grad: bool
 
 
+class SkipMetaInitialisers(TorchFunctionMode):
+    """Skips `nn.init` and random fills of meta tensors, which compute nothing and take a third of a skeleton's time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM_METHODS or getattr(func, "__module__", None) == "torch.nn.init":
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
+
+
 class _NoRandomNumbers(TorchFunctionMode):
     """Skips what initialises: random factories give meta tensors, in-place random fills and `nn.init` do nothing."""
 
@@ -148,10 +160,13 @@ def find_owner(module: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     return (module.get_submodule(path) if path else module), name
 
 
-def replace_tensor(module: nn.Module, fqn: str, tensor: torch.Tensor) -> None:
-    """Put `tensor` in the place `fqn`, past the module's own `__setattr__`: no copy, no hook."""
-    owner, name = find_owner(module, fqn)
-    if name in owner._parameters:
-        owner._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-    else:
-        owner._buffers[name] = tensor
+def replace_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors in their places, by fqn, past the module's own `__setattr__`: no copy, no hook."""
+    owners = dict(module.named_modules(remove_duplicate=False))
+    for fqn, tensor in tensors.items():
+        path, _, name = fqn.rpartition(".")
+        owner = owners[path]
+        if name in owner._parameters:
+            owner._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        else:
+            owner._buffers[name] = tensor

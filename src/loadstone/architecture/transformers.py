@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import nn
 
+from loadstone.architecture.skeleton import SkipMetaInitialisers
 from loadstone.errors import InvalidConfig, RemoteCodeRefused, UnknownArchitecture, UnsupportedFormat
 
 # Building a model sets torch's default dtype and transformers' own flags, which are global: one at a time.
@@ -202,6 +203,7 @@ def build(described: Described, dtype: torch.dtype) -> nn.Module:
     with _BUILD_LOCK, ExitStack() as stack:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
+        stack.enter_context(SkipMetaInitialisers())
         try:
             model: nn.Module = model_class(config)
         except (ImportError, ValueError) as error:
@@ -276,16 +278,23 @@ def finish(model: Any, missing: set[str], device: torch.device) -> None:
         error_msgs=[],
         skipped_pp_keys=set(),
     )
-    present = set(model.state_dict()) - missing
-    for fqn, tensor in model.state_dict(keep_vars=True).items():
-        # The flag is how transformers' initialisers know what to leave alone.
-        if fqn in present and isinstance(tensor, torch.Tensor):
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    _mark_as_initialized(model, missing)
     model.mark_tied_weights_as_initialized(info)
     model._move_missing_keys_from_meta_to_device(info.missing_keys, {"": device}, None, None)
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model.eval()
+
+
+def _mark_as_initialized(model: Any, missing: set[str]) -> None:
+    """Set the flag by which transformers' initialisers know what to leave alone, on tensors and on whole leaves."""
+    for fqn, tensor in model.state_dict(keep_vars=True).items():
+        if fqn not in missing and isinstance(tensor, torch.Tensor):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    incomplete = {fqn.rpartition(".")[0] for fqn in missing}
+    for path, module in model.named_modules():
+        if not module._modules and not module._non_persistent_buffers_set and path not in incomplete:
+            module._is_hf_initialized = True
 
 
 def adopt_generation_config(model: Any, root: Path) -> str:

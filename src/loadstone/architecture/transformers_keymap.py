@@ -7,6 +7,7 @@ fills directly, and only what really computes runs transformers' operations.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -50,6 +52,11 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
     Returns:
         The key map; names that nothing takes are in `unexpected`.
     """
+    if _fits_as_it_is(model, around):
+        model._weight_conversions = []
+        return KeyMap(
+            assignments=tuple(Assignment(target=name, parts=(Part(source=name),)) for name in around.checkpoint.tensors)
+        )
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -78,6 +85,33 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
         _as_conversion(model, around, target, groups[target]) for target, parts in fused.items() if not parts
     ]
     return KeyMap(assignments=tuple(assignments), conversions=tuple(conversions), unexpected=tuple(unexpected))
+
+
+def _fits_as_it_is(model: Any, around: Surroundings) -> bool:
+    """Whether every name is already a place of the model and no conversion can be registered for its classes.
+
+    transformers compiles the regular expressions of all its families to answer for one, which takes longer than the
+    rest of a load of mapped weights. The names that have conversions are constants of the function that builds them;
+    were one missed, its conversion would have to give tensors their own names to go unnoticed.
+    """
+    if not all(name in around.slots for name in around.checkpoint.tensors):
+        return False
+    known = conversion_mapping.USER_REGISTERED_MAPPINGS | _converted_families()
+    return not any(
+        {type(module).__name__, module.config.model_type} & known
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    )
+
+
+@functools.cache
+def _converted_families() -> frozenset[str]:
+    """The model types and class names that may have conversions, and other strings, which do no harm."""
+    constants = conversion_mapping._build_checkpoint_conversion_mapping.__code__.co_consts
+    names = {name for constant in constants for name in (constant if isinstance(constant, tuple) else (constant,))}
+    return frozenset(name for name in names if isinstance(name, str)) | set(
+        conversion_mapping._MODEL_TO_CONVERSION_PATTERN
+    )
 
 
 def _renamer(prefix: str, around: Surroundings, renamings: list[Any], converters: list[Any]) -> _Rename:

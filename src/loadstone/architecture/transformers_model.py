@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from loadstone.architecture import transformers as bridge
 from loadstone.architecture.blueprint import Surroundings
 from loadstone.architecture.gguf import tensor_targets
 from loadstone.architecture.keymap import Assignment, KeyMap, Part
-from loadstone.architecture.skeleton import Slot, replace_tensor
+from loadstone.architecture.skeleton import Slot, replace_tensors
 from loadstone.architecture.transformers_keymap import map_keys
 from loadstone.checkpoint.values import Checkpoint, Format
 
@@ -67,11 +66,14 @@ class TransformersModel:
 
     def place(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put the tensors in; ties are made by `finish`."""
-        state: Mapping[str, Any] = module.state_dict(keep_vars=True)
-        for fqn, tensor in tensors.items():
-            if isinstance(state[fqn], nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())  # noqa: PLW2901
-            replace_tensor(module, fqn, tensor)
+        parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
+        replace_tensors(
+            module,
+            {
+                fqn: nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if fqn in parameters else tensor
+                for fqn, tensor in tensors.items()
+            },
+        )
 
     def finish(self, module: nn.Module, missing: set[str], device: torch.device) -> str:
         """Buffers, ties, missing tensors, eval mode, as the class does it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 
 _SAMPLE_S = 0.01
-_STATUS = Path("/proc/self/status")
+_STATM = Path("/proc/self/statm")
 _CGROUP_FILE = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -31,17 +32,13 @@ class ResidentBytes:
 def resident() -> ResidentBytes:
     """Resident memory now. Where the kernel does not tell files apart (macOS), all of it counts as anonymous."""
     try:
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-        return ResidentBytes(
-            anonymous_bytes=_kilobytes(fields["RssAnon"]),
-            file_bytes=_kilobytes(fields["RssFile"]) + _kilobytes(fields.get("RssShmem", "0 kB")),
-        )
-    except (OSError, KeyError):
+        _, total, file_backed, *_ = _STATM.read_bytes().split()
+    except OSError:
         return ResidentBytes(anonymous_bytes=psutil.Process().memory_info().rss, file_bytes=0)
-
-
-def _kilobytes(text: str) -> int:
-    return int(text.split(maxsplit=1)[0]) * 1024
+    file_pages = int(file_backed)
+    return ResidentBytes(
+        anonymous_bytes=(int(total) - file_pages) * mmap.PAGESIZE, file_bytes=file_pages * mmap.PAGESIZE
+    )
 
 
 class PeakWatch:

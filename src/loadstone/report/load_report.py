@@ -52,7 +52,9 @@ class LoadReport:
         attention: the attention implementation, and why.
         phases: the stages in order, with seconds.
         seconds: the wall-clock time of the whole load.
-        mapped_bytes: used where they lie in the file; the disk is read when they are touched, or by the prefault.
+        mapped_bytes: used where they lie in the file.
+        paged_bytes: of the mapped files, brought into memory ahead of use; what was in the page cache may be left out.
+        paged_s: how long that took; it runs while torch is imported.
         read_bytes: read into memory during the load, casts and decoding included.
         read_s: how long that took; it runs while torch is imported.
         before: resident memory when the load began.
@@ -74,6 +76,8 @@ class LoadReport:
     phases: tuple[StageFinished, ...]
     seconds: float
     mapped_bytes: int
+    paged_bytes: int
+    paged_s: float
     read_bytes: int
     read_s: float
     before: ResidentBytes
@@ -87,6 +91,11 @@ class LoadReport:
         """The rate at which stored bytes were read and decoded."""
         return self.read_bytes / self.read_s if self.read_s else 0.0
 
+    @property
+    def paged_bytes_per_s(self) -> float:
+        """The rate at which mapped bytes came in."""
+        return self.paged_bytes / self.paged_s if self.paged_s else 0.0
+
     def __str__(self) -> str:
         """The report as text, 100 columns wide."""
         from rich.console import Console
@@ -97,7 +106,8 @@ class LoadReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, sizes in bytes and times in seconds."""
-        return {**asdict(self), "read_bytes_per_s": self.read_bytes_per_s}
+        rates = {"read_bytes_per_s": self.read_bytes_per_s, "paged_bytes_per_s": self.paged_bytes_per_s}
+        return {**asdict(self), **rates}
 
 
 def render(report: LoadReport, console: Console) -> None:
@@ -154,7 +164,8 @@ def _facts(report: LoadReport) -> Iterator[tuple[str, str]]:
 def _bytes_line(report: LoadReport) -> str:
     parts = []
     if report.mapped_bytes:
-        parts.append(f"{format_bytes(report.mapped_bytes)} mapped where they lie")
+        brought_in = f", brought in at {format_rate(report.paged_bytes_per_s)}" if report.paged_bytes else ""
+        parts.append(f"{format_bytes(report.mapped_bytes)} mapped where they lie{brought_in}")
     if report.read_bytes:
         parts.append(f"{format_bytes(report.read_bytes)} read and decoded at {format_rate(report.read_bytes_per_s)}")
     return ", ".join(parts) or "none"

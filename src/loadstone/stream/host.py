@@ -6,6 +6,7 @@ Nothing here knows torch, so that it can begin while torch is still being import
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,7 @@ class Ahead:
         self.maps = FileMaps()
         self.arena = Arena()
         self.decoded: dict[str, Decoded] = {}
+        self._observer = observer
         self._reader = Reader(observer=observer)
         self._prefault: Prefault | None = None
 
@@ -162,7 +164,7 @@ class Ahead:
         self._reader.start(fills)
         ranges = [self.maps.whole(path) for path in mapped if path not in decoded_files]
         if ranges:
-            self._prefault = Prefault(ranges)
+            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self._observer)
 
     @property
     def read_bytes(self) -> int:
@@ -174,9 +176,24 @@ class Ahead:
         """How long the reader took to bring them in."""
         return self._reader.seconds
 
+    @property
+    def paged_bytes(self) -> int:
+        """The mapped bytes that have been brought in so far."""
+        return self._prefault.done_bytes if self._prefault is not None else 0
+
+    @property
+    def paged_s(self) -> float:
+        """How long it took to bring them in."""
+        return self._prefault.seconds if self._prefault is not None else 0.0
+
     def wait(self) -> None:
         """Return when everything that was begun to decode is there; mapped bytes may still be coming in."""
         self._reader.wait()
+
+    def wait_for_pages(self) -> None:
+        """Return when the mapped bytes are in memory too."""
+        if self._prefault is not None:
+            self._prefault.wait()
 
     def abandon(self) -> None:
         """Stop; what is there may be dropped."""

@@ -16,6 +16,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadstone.errors import TruncatedFile
+from loadstone.stream.memory import is_cached, map_file
+
 _STEP_BYTES = 8 << 20
 # A cold page cache lacks nearly all files, a warm one nearly none: a few tell them apart.
 _NUM_PROBES = 8
@@ -80,20 +83,11 @@ def _imported_files() -> list[str]:
 
 
 def _is_cold(path: str) -> bool:
-    """Whether the first page of a file would have to be read from the disk."""
+    """Whether a file is there and would have to be read from the disk."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
+        return not is_cached(map_file(Path(path)))
+    except (OSError, TruncatedFile):
         return False
-    try:
-        os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    except (OSError, AttributeError):
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _advise(paths: Sequence[str]) -> None:

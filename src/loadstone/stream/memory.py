@@ -20,12 +20,14 @@ _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 PAGE_BYTES = mmap.PAGESIZE
 _SLAB_BYTES = 8 << 20
+_NUM_PROBES = 64
 _ALIGNMENT = 64
 
 Bytes = NDArray[np.uint8]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 def map_file(path: Path) -> Bytes:
@@ -86,6 +88,31 @@ def populate(array: Bytes, *, write: bool = False) -> None:
     begin = array.ctypes.data
     aligned = begin - begin % PAGE_BYTES
     _libc.madvise(aligned, begin + array.nbytes - aligned, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
+
+
+def is_cached(array: Bytes) -> bool:
+    """Whether pages spread over a map are all in the page cache; False where the system does not tell.
+
+    Asking about every page of gigabytes takes longer than building a model.
+    """
+    page = ctypes.c_ubyte()
+    aligned = array.ctypes.data - array.ctypes.data % PAGE_BYTES
+    stride = max(1, array.nbytes // PAGE_BYTES // _NUM_PROBES) * PAGE_BYTES
+    return all(
+        _libc.mincore(aligned + offset, PAGE_BYTES, ctypes.addressof(page)) == 0 and page.value & 1
+        for offset in range(0, array.nbytes, stride)
+    )
+
+
+def will_need(array: Bytes) -> None:
+    """Have the pages of a mapped stretch read from the disk in the background.
+
+    Args:
+        array: bytes of a map; the kernel reads at most its readahead window (often 2 MB) for one call.
+    """
+    begin = array.ctypes.data
+    aligned = begin - begin % PAGE_BYTES
+    _libc.madvise(aligned, begin + array.nbytes - aligned, mmap.MADV_WILLNEED)
 
 
 class Arena:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import mmap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved, Observer
+from loadstone.hardware.memory import num_cores
 from loadstone.stream.convert import Kernel, copy
 from loadstone.stream.memory import Bytes, populate
+from loadstone.stream.source import Source, reads_past_the_cache, staging_bytes
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
 _MIN_STEP_BYTES = 64 << 20
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class Reader:
     """Runs fills on threads of its own; the first error is raised to whoever waits."""
 
     def __init__(self, *, num_threads: int | None = None, observer: Observer, stage: str = "read") -> None:
-        self._num_threads = num_threads or reader_threads()
+        self._num_threads = num_threads
         self._observer = observer
         self._stage = stage
         self._lock = threading.Lock()
@@ -71,6 +73,7 @@ class Reader:
         self._told_bytes = 0
         self._total_bytes = 0
         self._spans: Iterator[_Span] = iter(())
+        self._direct: dict[Path, bool] = {}
         self._begin_s = 0.0
         self._end_s = 0.0
 
@@ -89,7 +92,9 @@ class Reader:
         self._total_bytes = sum(fill.nbytes for fill in fills)
         self._begin_s = self._end_s = time.perf_counter()
         self._spans = _spans(fills)
-        for index in range(self._num_threads if fills else 0):
+        self._direct = {path: reads_past_the_cache(path) for path in {fill.file for fill in fills}}
+        num_threads = self._num_threads or reader_threads(direct=any(self._direct.values()))
+        for index in range(num_threads if fills else 0):
             thread = threading.Thread(target=self._work, name=f"loadstone-read-{index}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -116,14 +121,15 @@ class Reader:
         self._threads.clear()
 
     def _work(self) -> None:
-        staging = np.empty(CHUNK_BYTES, np.uint8)
+        # A map of its own is page-aligned, as reads past the page cache require.
+        staging = np.frombuffer(mmap.mmap(-1, staging_bytes(CHUNK_BYTES)), np.uint8)
         with contextlib.ExitStack() as stack:
-            opened: dict[Path, int] = {}
+            opened: dict[Path, Source] = {}
             try:
                 while (span := self._next()) is not None:
                     if span.file not in opened:
-                        opened[span.file] = os.open(span.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                        stack.callback(os.close, opened[span.file])
+                        opened[span.file] = Source(span.file, direct=self._direct[span.file])
+                        stack.callback(opened[span.file].close)
                     _run(span, opened[span.file], staging)
                     self._tell(span.nbytes)
             except BaseException as error:  # carried to the thread that waits, and raised there
@@ -146,9 +152,9 @@ class Reader:
         self._observer(event)
 
 
-def reader_threads() -> int:
-    """As many as there are cores to run on, between 2 (one waits for the disk) and 8."""
-    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
+def reader_threads(*, direct: bool) -> int:
+    """As many as there are cores to run on, at least 2; past the page cache 8, most of which wait for the disk."""
+    return _MAX_THREADS if direct else max(2, min(_MAX_THREADS, num_cores()))
 
 
 def _spans(fills: Iterable[Fill]) -> Iterator[_Span]:
@@ -199,14 +205,13 @@ def _pieces(fills: Iterable[Fill]) -> Iterator[Fill]:
             )
 
 
-def _run(span: _Span, descriptor: int, staging: Bytes) -> None:
+def _run(span: _Span, source: Source, staging: Bytes) -> None:
     first = span.fills[0]
     if len(span.fills) == 1 and first.kernel is copy:
         _touch(first)
-        read_exactly(descriptor, first.destination, span)
+        source.read_into(span.offset, first.destination, staging)
         return
-    staged = staging[: span.nbytes]
-    read_exactly(descriptor, staged, span)
+    staged = source.read(span.offset, span.nbytes, staging)
     for fill in span.fills:
         begin = fill.offset - span.offset
         _touch(fill)
@@ -217,16 +222,3 @@ def _touch(fill: Fill) -> None:
     """Fault in a large untouched destination with one system call rather than with one trap for each page."""
     if fill.fresh and fill.nbytes >= CHUNK_BYTES // 2:
         populate(fill.destination, write=True)
-
-
-def read_exactly(descriptor: int, into: Bytes, span: _Span) -> None:
-    """Fill `into` from the file, or say that the file ended."""
-    view, done = into.data, 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], span.offset + done)
-        if count == 0:
-            raise TruncatedFile(
-                f"{span.file}: expected {span.nbytes:,} bytes at offset {span.offset:,}, found {done:,}; the file was "
-                "cut short while it was read. Download it again."
-            )
-        done += count
