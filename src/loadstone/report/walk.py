@@ -27,6 +27,8 @@ PURPOSES: dict[str, str] = {
     "ties, buffers, eval": "Tied parameters become one tensor, buffers that no file holds (rotary frequencies) are "
     "computed by the class, and dropout is switched off.",
     "generation config": "Sampling defaults and end-of-text tokens for generate().",
+    "page in": "Wait for what is left of the mapped bytes, which were on their way all the time, so that the first "
+    "forward finds them in memory.",
 }
 
 
