@@ -29,6 +29,6 @@ def machine() -> Machine:
     total, free = host_memory()
     if torch.backends.mps.is_available():
         devices.append(Device(id="mps", kind="mps", name="Apple GPU", total_bytes=total, free_bytes=free))
-    name = platform.processor() or platform.machine()
-    devices.append(Device(id="cpu", kind="cpu", name=name, total_bytes=total, free_bytes=free))
+    # platform.processor() would start a process to ask.
+    devices.append(Device(id="cpu", kind="cpu", name=platform.machine(), total_bytes=total, free_bytes=free))
     return Machine(devices=tuple(devices), num_cores=num_cores())
