@@ -20,6 +20,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="session")
 def chatty_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model with a tokenizer and a chat template."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

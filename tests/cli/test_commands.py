@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from loadstone.cli import loading, run_command
 from loadstone.cli.app import main
