@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from loadstone.events import BytesMoved, Observer
+from loadstone.hardware.memory import num_cores
 from loadstone.stream.convert import Kernel, copy
 from loadstone.stream.memory import Bytes, populate
 from loadstone.stream.source import Source, reads_past_the_cache, staging_bytes
@@ -20,9 +21,7 @@ from loadstone.stream.source import Source, reads_past_the_cache, staging_bytes
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
 _MIN_STEP_BYTES = 64 << 20
-# More than there are cores: most of them wait, for the disk or for the kernel to find memory (2 threads take 2.2-3.2 s
-# for 3.1 GB in the page cache, 8 take 1.5-2.1 s, 16 take 2.6 s).
-_NUM_THREADS = 8
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +62,7 @@ class _Span:
 class Reader:
     """Runs fills on threads of its own; the first error is raised to whoever waits."""
 
-    def __init__(self, *, num_threads: int = _NUM_THREADS, observer: Observer, stage: str = "read") -> None:
+    def __init__(self, *, num_threads: int | None = None, observer: Observer, stage: str = "read") -> None:
         self._num_threads = num_threads
         self._observer = observer
         self._stage = stage
@@ -94,7 +93,8 @@ class Reader:
         self._begin_s = self._end_s = time.perf_counter()
         self._spans = _spans(fills)
         self._direct = {path: reads_past_the_cache(path) for path in {fill.file for fill in fills}}
-        for index in range(self._num_threads if fills else 0):
+        num_threads = self._num_threads or reader_threads(direct=any(self._direct.values()))
+        for index in range(num_threads if fills else 0):
             thread = threading.Thread(target=self._work, name=f"loadstone-read-{index}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -150,6 +150,11 @@ class Reader:
             self._told_bytes = self._done_bytes
             event = BytesMoved(stage=self._stage, done_bytes=self._done_bytes, total_bytes=self._total_bytes)
         self._observer(event)
+
+
+def reader_threads(*, direct: bool) -> int:
+    """As many as there are cores to run on, at least 2; past the page cache 8, most of which wait for the disk."""
+    return _MAX_THREADS if direct else max(2, min(_MAX_THREADS, num_cores()))
 
 
 def _spans(fills: Iterable[Fill]) -> Iterator[_Span]:
