@@ -118,8 +118,17 @@ def child(arguments: argparse.Namespace) -> None:
         "peak_bytes": watch.peak_bytes,
         "finite": bool(torch.isfinite(logits).all()),
         "logits": harness.digest(logits),
+        "weights": checksum(model),
     }
     print(json.dumps(result))
+
+
+def checksum(model: Any) -> int:
+    """The sum of all weights' bits: tells whether a difference in the logits came from the load or from the forward."""
+    import torch
+
+    words = {2: torch.int16, 4: torch.int32}
+    return sum(int(tensor.view(words[tensor.element_size()]).sum(dtype=torch.int64)) for tensor in model.parameters())
 
 
 def measure(arguments: argparse.Namespace, mode: str, dtype: str, cold: bool) -> dict[str, list[dict[str, Any]]]:
@@ -157,8 +166,11 @@ def report(cases: dict[str, dict[str, list[dict[str, Any]]]], weight_bytes: dict
     for case, runs in cases.items():
         mode, dtype, heat = case.split()
         ours, theirs = runs["loadstone"], runs.get("transformers")
-        if len({run["logits"] for of_peer in runs.values() for run in of_peer}) > 1:
-            goals.append(f"DIFFER  {case}: the peers' logits are not bit-equal")
+        goals.extend(
+            f"DIFFER  {case}: the peers' {what} are not bit-equal"
+            for what in ("weights", "logits")
+            if len({run[what] for of_peer in runs.values() for run in of_peer}) > 1
+        )
         if mode == "load" and dtype == "bfloat16":
             rivals = [of_peer for peer, of_peer in runs.items() if peer != "loadstone"]
             best = min(rivals, key=lambda of_peer: harness.median(of_peer, "sum_s"))
