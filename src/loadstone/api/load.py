@@ -26,7 +26,7 @@ from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, check_counts, choose_dtype
 from loadstone.stream import import_files
 from loadstone.stream.host import Ahead
-from loadstone.units import format_bytes, format_count, format_rate
+from loadstone.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     import torch
@@ -179,8 +179,7 @@ def load(
 def _paged_line(ahead: Ahead) -> str:
     if not ahead.paged_bytes:
         return "nothing to wait for"
-    rate = format_rate(ahead.paged_bytes / ahead.paged_s)
-    return f"{format_bytes(ahead.paged_bytes)} brought in at {rate}, beside everything above"
+    return f"{format_bytes(ahead.paged_bytes)} brought in, beside everything above"
 
 
 def _check(request: Request) -> None:

@@ -291,9 +291,11 @@ def _mark_as_initialized(model: Any, missing: set[str]) -> None:
     for fqn, tensor in model.state_dict(keep_vars=True).items():
         if fqn not in missing and isinstance(tensor, torch.Tensor):
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    incomplete = {fqn.rpartition(".")[0] for fqn in missing}
-    for path, module in model.named_modules():
-        if not module._modules and not module._non_persistent_buffers_set and path not in incomplete:
+    paths = {fqn.rpartition(".")[0] for fqn in missing}
+    # By identity: a module registered twice lacks something if it does under either name.
+    incomplete = {id(module) for path, module in model.named_modules(remove_duplicate=False) if path in paths}
+    for module in model.modules():
+        if not module._modules and not module._non_persistent_buffers_set and id(module) not in incomplete:
             module._is_hf_initialized = True
 
 

@@ -85,9 +85,7 @@ def populate(array: Bytes, *, write: bool = False) -> None:
         array: bytes of a map.
         write: make them writable, as fresh memory must be, instead of only reading them in.
     """
-    begin = array.ctypes.data
-    aligned = begin - begin % PAGE_BYTES
-    _libc.madvise(aligned, begin + array.nbytes - aligned, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
+    _advise(array, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
 
 
 def is_cached(array: Bytes) -> bool:
@@ -110,9 +108,13 @@ def will_need(array: Bytes) -> None:
     Args:
         array: bytes of a map; the kernel reads at most its readahead window (often 2 MB) for one call.
     """
+    _advise(array, mmap.MADV_WILLNEED)
+
+
+def _advise(array: Bytes, advice: int) -> None:
     begin = array.ctypes.data
     aligned = begin - begin % PAGE_BYTES
-    _libc.madvise(aligned, begin + array.nbytes - aligned, mmap.MADV_WILLNEED)
+    _libc.madvise(aligned, begin + array.nbytes - aligned, advice)
 
 
 class Arena:
