@@ -60,11 +60,25 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    copies, groups, unexpected = _by_target(model, around, renamings, converters)
+    model._weight_conversions = [entry for entry in transforms if entry.was_used()]
+    assignments = [Assignment(target=target, parts=(Part(source=name),)) for target, name in copies.items()]
+    fused = {target: _as_parts(around, target, group) for target, group in groups.items()}
+    assignments += [Assignment(target=target, parts=parts) for target, parts in fused.items() if parts is not None]
+    conversions = [
+        _as_conversion(model, around, target, groups[target]) for target, parts in fused.items() if not parts
+    ]
+    return KeyMap(assignments=tuple(assignments), conversions=tuple(conversions), unexpected=tuple(unexpected))
 
+
+def _by_target(
+    model: Any, around: Surroundings, renamings: list[Any], converters: list[Any]
+) -> tuple[dict[str, str], dict[str, _Group], list[str]]:
+    """Sort the checkpoint's names: those that fill a place as they are, those a converter takes, and the others."""
     copies: dict[str, str] = {}
     groups: dict[str, _Group] = {}
     unexpected: list[str] = []
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     # The order is part of the contract: experts are stacked in natural order, and some renamings are stateful.
     rename = _remembering_experts(_renamer(model.base_model_prefix, around, renamings, converters))
     for name in sorted(around.checkpoint.tensors, key=dot_natural_key):
@@ -76,15 +90,7 @@ def map_keys(model: Any, around: Surroundings) -> KeyMap:
         else:
             group = groups.setdefault(target, _Group(converter=by_pattern[pattern]))
             group.sources.setdefault(pattern, []).append(name)
-
-    model._weight_conversions = [entry for entry in transforms if entry.was_used()]
-    assignments = [Assignment(target=target, parts=(Part(source=name),)) for target, name in copies.items()]
-    fused = {target: _as_parts(around, target, group) for target, group in groups.items()}
-    assignments += [Assignment(target=target, parts=parts) for target, parts in fused.items() if parts is not None]
-    conversions = [
-        _as_conversion(model, around, target, groups[target]) for target, parts in fused.items() if not parts
-    ]
-    return KeyMap(assignments=tuple(assignments), conversions=tuple(conversions), unexpected=tuple(unexpected))
+    return copies, groups, unexpected
 
 
 def _fits_as_it_is(model: Any, around: Surroundings) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -40,9 +41,8 @@ def download(repo_id: str, access: HubAccess, observer: Observer) -> Path:
         DownloadFailed: the hub refuses or cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
+    with _faults_named(repo_id, access):
         info = huggingface_hub.HfApi(token=access.token).model_info(
             repo_id, revision=access.revision, files_metadata=True, timeout=30
         )
@@ -59,6 +59,16 @@ def download(repo_id: str, access: HubAccess, observer: Observer) -> Path:
             token=access.token,
             tqdm_class=_progress_class(observer, total),
         )
+    return Path(folder)
+
+
+@contextmanager
+def _faults_named(repo_id: str, access: HubAccess) -> Iterator[None]:
+    """huggingface_hub's errors as ours."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except LoadstoneError:
         raise
     except Exception as error:
@@ -69,7 +79,6 @@ def download(repo_id: str, access: HubAccess, observer: Observer) -> Path:
             f"{repo_id}: expected the hub to answer, found {_first_line(error)}; check the network and the room on "
             "disk, or pass the path of a local copy."
         ) from error
-    return Path(folder)
 
 
 def _wanted(repo_id: str, sizes: dict[str, int], access: HubAccess) -> list[str]:

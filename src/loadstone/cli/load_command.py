@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loadstone.cli import options
-from loadstone.cli.loading import LoadOptions, load_model
+from loadstone.cli.loading import LoadOptions, load_model, with_load_options
 from loadstone.cli.progress import shown
 
 if TYPE_CHECKING:
@@ -21,16 +21,11 @@ loadstone load model.gguf --dtype bfloat16 --json
 """
 
 
+@with_load_options
 def load_command(
     source: options.SourceOrDemo = None,
-    architecture: options.Architecture = None,
-    dtype: options.Dtype = None,
-    device: options.DeviceOption = None,
-    attn_implementation: options.Attention = None,
-    revision: options.Revision = None,
-    local_files_only: options.LocalOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    no_strict: options.NotStrict = False,
+    *,
+    wanted: LoadOptions,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -38,16 +33,6 @@ def load_command(
     from loadstone.api.registry import of
     from loadstone.report import load_report
 
-    wanted = LoadOptions(
-        architecture=architecture,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-        strict=not no_strict,
-    )
     with shown(options.err(), quiet=quiet or as_json) as observer:
         model, _ = load_model(source, wanted, observer)
     report = measured(of(model).report)

@@ -1,11 +1,15 @@
-"""Loading as the commands do it: the demo model where no source is named, progress while it lasts."""
+"""Loading as the commands do it: the options they share, the demo model where no source is named, progress."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from loadstone.checkpoint.demo import demo_model
+from loadstone.cli import options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,24 +19,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """The options that `load` and `run` share; see `loadstone.load`."""
+    """The options of every command that loads; see `loadstone.load`."""
 
-    architecture: str | None
-    dtype: str | None
-    device: str | None
-    attn_implementation: str | None
-    revision: str | None
-    local_files_only: bool
-    trust_remote_code: bool
-    strict: bool = True
+    architecture: options.Architecture = None
+    dtype: options.Dtype = None
+    device: options.DeviceOption = None
+    attn_implementation: options.Attention = None
+    revision: options.Revision = None
+    local_files_only: options.LocalOnly = False
+    trust_remote_code: options.TrustRemoteCode = False
+    no_strict: options.NotStrict = False
 
 
-def load_model(source: str | None, options: LoadOptions, observer: Observer) -> tuple[nn.Module, str]:
+def with_load_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `LoadOptions` in the place of its parameter `wanted`.
+
+    Typer reads a command's options from its signature, so that is what is rewritten.
+    """
+    hints = get_type_hints(LoadOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(LoadOptions)
+    ]
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        wanted = LoadOptions(**{field.name: values.pop(field.name) for field in fields(LoadOptions)})
+        command(wanted=wanted, **values)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name == "wanted":
+            parameters.extend(shared)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def load_model(source: str | None, wanted: LoadOptions, observer: Observer) -> tuple[nn.Module, str]:
     """Load a model as a command asks for it.
 
     Args:
         source: as on the command line; None means the demo model.
-        options: the command's.
+        wanted: the command's options.
         observer: draws progress.
 
     Returns:
@@ -43,14 +76,14 @@ def load_model(source: str | None, options: LoadOptions, observer: Observer) -> 
     path = source or str(demo_model(observer))
     model = load(
         path,
-        architecture=options.architecture,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
-        strict=options.strict,
+        architecture=wanted.architecture,
+        dtype=wanted.dtype,
+        device=wanted.device,
+        attn_implementation=wanted.attn_implementation,
+        revision=wanted.revision,
+        local_files_only=wanted.local_files_only,
+        trust_remote_code=wanted.trust_remote_code,
+        strict=not wanted.no_strict,
         progress=observer,
     )
     return model, path

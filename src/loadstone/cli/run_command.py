@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from loadstone.cli import options
-from loadstone.cli.loading import LoadOptions, load_model
+from loadstone.cli.loading import LoadOptions, load_model, with_load_options
 from loadstone.cli.progress import shown
 from loadstone.execute.values import Generated, Prompt, Sampling
 from loadstone.units import format_bytes, format_seconds
@@ -26,6 +26,7 @@ git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message 
 _DEMO_NAMES = (None, "demo")
 
 
+@with_load_options
 def run_command(
     source: options.SourceOrDemo = None,
     prompt: Annotated[
@@ -38,13 +39,8 @@ def run_command(
         float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default as the model says.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
-    architecture: options.Architecture = None,
-    dtype: options.Dtype = None,
-    device: options.DeviceOption = None,
-    attn_implementation: options.Attention = None,
-    revision: options.Revision = None,
-    local_files_only: options.LocalOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    wanted: LoadOptions,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -56,22 +52,16 @@ def run_command(
     from loadstone.hardware.memory import PeakWatch
 
     source, text = _source_and_prompt(source, prompt)
-    wanted = LoadOptions(
-        architecture=architecture,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
     asked = Prompt(text=text, system=system, raw=raw)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with PeakWatch() as watch:
         with shown(options.err(), quiet=quiet or as_json) as observer:
             model, path = load_model(source, wanted, observer)
             tokenizer = load_tokenizer(
-                path, local_files_only=True, revision=revision, trust_remote_code=trust_remote_code
+                path,
+                local_files_only=True,
+                revision=wanted.revision,
+                trust_remote_code=wanted.trust_remote_code,
             )
         from loadstone.execute.generate import generate
 
