@@ -102,9 +102,11 @@ def check(model_type: str, kind: str, dtype: torch.dtype) -> str:
         folder = Path(name)
         try:
             builders.write_checkpoint(model, folder)
-            theirs = type(model).from_pretrained(folder, dtype="auto")
+            theirs, info = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
         except Exception as error:
             return f"skipped: cannot be reloaded: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        if lacking := info["missing_keys"]:
+            return f"skipped: transformers does not find {len(lacking)} of the weights it saved: {min(lacking)}"
         try:
             ours = loadstone.load(folder, dtype="auto", architecture=type(model).__name__)
         except Exception as error:
