@@ -6,6 +6,8 @@ import pytest
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import TruncatedFile
 from loadstone.events import ignore
+from loadstone.hardware.storage import Storage
+from loadstone.stream import host
 from loadstone.stream.host import Ahead, FileMaps, fill_for, is_mappable
 
 
@@ -74,4 +76,23 @@ def test_ahead_only_brings_mapped_bytes_in_where_nothing_changes(tmp_path: Path)
     ahead.begin(checkpoint, lambda _: "bfloat16", decode=True)
     ahead.wait()
     assert ahead.decoded == {}
-    ahead.abandon()
+    ahead.close()
+
+
+def test_files_on_a_network_are_read_and_never_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(bytes(range(8)))
+    nfs = Storage(file_system="nfs4", network=True)
+    monkeypatch.setattr(host, "storages_of", lambda paths: dict.fromkeys(paths, nfs))
+    checkpoint = Checkpoint(
+        format=Format.SAFETENSORS,
+        root=tmp_path,
+        files=(CheckpointFile(path=path, nbytes=8),),
+        tensors={"a": info(path)},
+    )
+    ahead = Ahead(ignore)
+    ahead.begin(checkpoint, lambda _: "bfloat16", decode=True)
+    ahead.wait()
+    assert not ahead.is_mappable(info(path), "bfloat16")
+    assert ahead.decoded["a"].data.tolist() == list(range(8))
+    ahead.close()

@@ -1,16 +1,19 @@
 import errno
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loadstone.errors import TruncatedFile
+from loadstone.hardware.storage import Storage
 from loadstone.stream.memory import is_cached, map_file
-from loadstone.stream.source import Source, reads_past_the_cache, staging_bytes
+from loadstone.stream.source import Mode, Source, choose_manner, manners_of, staging_bytes
 
 NBYTES = 3 * 4096 + 777
+MODES = {False: Mode.BUFFERED, True: Mode.DIRECT}
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def staging() -> np.ndarray:
 )
 def test_any_range_is_read_whole(data: tuple[Path, np.ndarray], direct: bool, offset: int, nbytes: int) -> None:
     path, content = data
-    source = Source(path, direct=direct)
+    source = Source(path, MODES[direct])
     wanted = content[offset : offset + nbytes]
     assert np.array_equal(source.read(offset, nbytes, staging()), wanted)
     destination = np.zeros(nbytes, np.uint8)
@@ -45,7 +48,7 @@ def test_any_range_is_read_whole(data: tuple[Path, np.ndarray], direct: bool, of
 def test_a_range_past_the_end_says_what_was_there(
     data: tuple[Path, np.ndarray], direct: bool, offset: int, found: int
 ) -> None:
-    source = Source(data[0], direct=direct)
+    source = Source(data[0], MODES[direct])
     with pytest.raises(TruncatedFile, match=rf"expected 12,000 bytes at offset {offset:,}, found {found:,}; "):
         source.read(offset, 12_000, staging())
     source.close()
@@ -63,12 +66,12 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_cache(
         return real_open(name, flags, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refuse)
-    source = Source(path, direct=True)
+    source = Source(path, Mode.DIRECT)
     assert np.array_equal(source.read(10, 5000, staging()), content[10:5010])
     source.close()
     monkeypatch.setattr(os, "open", real_open)
 
-    source = Source(path, direct=True)
+    source = Source(path, Mode.DIRECT)
     refusals = iter([OSError(errno.EINVAL, "not this alignment")])
 
     def refuse_once(*arguments: object) -> int:
@@ -84,8 +87,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_cache(
 def test_what_is_in_the_page_cache_is_read_through_it(data: tuple[Path, np.ndarray]) -> None:
     path, _ = data
     path.read_bytes()
-    assert not reads_past_the_cache(path)
-    assert not reads_past_the_cache(path.with_name("gone"))
+    assert manners_of([path])[path].mode is Mode.BUFFERED
 
 
 def test_a_file_dropped_from_the_page_cache_is_read_past_it(data: tuple[Path, np.ndarray]) -> None:
@@ -95,4 +97,30 @@ def test_a_file_dropped_from_the_page_cache_is_read_past_it(data: tuple[Path, np
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if is_cached(map_file(path)):
         pytest.skip("a file system in memory, where nothing can be dropped")
-    assert reads_past_the_cache(path)
+    assert manners_of([path])[path].mode is Mode.DIRECT
+
+
+LOCAL = Storage(file_system="ext4", network=False, rotational=None, direct_alignment=512)
+
+
+@pytest.mark.parametrize(
+    ("storage", "cached", "mode", "num_threads"),
+    [
+        (LOCAL, 0.0, Mode.DIRECT, 8),
+        (LOCAL, 0.5, Mode.DIRECT, 8),
+        (LOCAL, 0.7, Mode.BUFFERED, 4),
+        (replace(LOCAL, direct_alignment=None), 0.0, Mode.DIRECT, 8),  # not told: tried
+        (replace(LOCAL, direct_alignment=0), 0.0, Mode.BUFFERED, 4),
+        (replace(LOCAL, direct_alignment=1 << 20), 0.0, Mode.BUFFERED, 4),
+        (replace(LOCAL, rotational=True), 0.0, Mode.BUFFERED, 1),
+        (replace(LOCAL, file_system="nfs4", network=True), 0.0, Mode.BUFFERED, 16),
+        (replace(LOCAL, file_system="nfs4", network=True), 1.0, Mode.BUFFERED, 4),
+    ],
+)
+def test_the_manner_follows_from_what_was_probed(storage: Storage, cached: float, mode: Mode, num_threads: int) -> None:
+    manner = choose_manner(storage, cached, cores=4)
+    assert (manner.mode, manner.num_threads) == (mode, num_threads)
+
+
+def test_a_file_that_cannot_be_probed_is_read_the_plain_way(tmp_path: Path) -> None:
+    assert manners_of([tmp_path / "gone"])[tmp_path / "gone"].mode is Mode.BUFFERED

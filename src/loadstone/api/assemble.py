@@ -63,7 +63,7 @@ def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
         told.lines = tuple(f"{slot.fqn} {list(slot.shape)} {slot.dtype}" for slot in islice(slots.values(), _SAMPLES))
     device = _device(begun, slots)
     checkpoint = unwrapped(begun.checkpoint, slots, getattr(module, "base_model_prefix", ""))
-    materializer = Materializer(checkpoint, begun.ahead, torch.device(device.value), recorder.observer)
+    materializer = Materializer(checkpoint, begun.ahead, torch.device(device.value))
     with recorder.stage("key map") as told:
         mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
         told.text = _keymap_line(mapped.keymap, checkpoint)

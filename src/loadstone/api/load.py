@@ -193,7 +193,7 @@ def _check(request: Request) -> None:
 
 @contextmanager
 def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
-    """Read the headers and set the bytes in motion; they are stopped where the load fails."""
+    """Read the headers and set the bytes in motion; what is still under way at the end is stopped."""
     recorder = Recorder(observer=observer)
     import_files.read_ahead(cache_folder())
     start, before = time.perf_counter(), resident()
@@ -215,9 +215,8 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     try:
         _set_in_motion(begun)
         yield begun
-    except BaseException:
-        ahead.abandon()
-        raise
+    finally:
+        ahead.close()
 
 
 def read_headers(source: Source, access: HubAccess, recorder: Recorder) -> Checkpoint:

@@ -17,11 +17,12 @@ from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
 from loadstone.errors import TruncatedFile
 from loadstone.events import Observer
+from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for
 from loadstone.stream.dequantize import dequantize
 from loadstone.stream.memory import Arena, Bytes, map_file
 from loadstone.stream.prefault import Prefault
-from loadstone.stream.read import Fill, Reader
+from loadstone.stream.read import Batch, Fill, Reader
 
 _BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
@@ -126,6 +127,7 @@ class Ahead:
         maps: the files.
         arena: where decoded tensors go.
         decoded: tensors under way or done, by checkpoint name.
+        reader: what reads them, and whatever else the load wants read.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -133,7 +135,9 @@ class Ahead:
         self.arena = Arena()
         self.decoded: dict[str, Decoded] = {}
         self._observer = observer
-        self._reader = Reader(observer=observer)
+        self.reader = Reader(observer=observer)
+        self._batch: Batch | None = None
+        self._unmapped: frozenset[Path] = frozenset()
         self._prefault: Prefault | None = None
 
     def begin(self, checkpoint: Checkpoint, wanted_dtype: Callable[[TensorInfo], str], *, decode: bool) -> None:
@@ -145,10 +149,12 @@ class Ahead:
             decode: whether to decode and cast now; without it only mapped bytes are brought in.
         """
         fills, mapped = [], dict.fromkeys(file.path for file in checkpoint.files)
+        # A page fault over a network is a round trip, and a lost connection ends the process.
+        self._unmapped = frozenset(path for path, storage in storages_of(mapped).items() if storage.network)
         places: dict[tuple[Path, int, int, str], Decoded] = {}
         for info in checkpoint.tensors.values():
             dtype = wanted_dtype(info)
-            if is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
+            if self.is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
                 continue
             # Tied tensors of torch pickles are the same bytes under several names.
             place = (info.file, info.offset, info.nbytes, dtype)
@@ -161,20 +167,24 @@ class Ahead:
                 places[place] = Decoded(dtype=dtype, data=data)
             self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
-        self._reader.start(fills)
-        ranges = [self.maps.whole(path) for path in mapped if path not in decoded_files]
+        self._batch = self.reader.submit(fills)
+        ranges = [self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files]
         if ranges:
             self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self._observer)
 
+    def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
+        """Whether a tensor is used where it lies in its file."""
+        return info.file not in self._unmapped and is_mappable(info, dtype)
+
     @property
     def read_bytes(self) -> int:
-        """The bytes the reader has brought in so far."""
-        return self._reader.done_bytes
+        """The bytes that were read so far, to be cast or decoded."""
+        return self._batch.done_bytes if self._batch is not None else 0
 
     @property
     def read_s(self) -> float:
-        """How long the reader took to bring them in."""
-        return self._reader.seconds
+        """How long that took."""
+        return self._batch.seconds if self._batch is not None else 0.0
 
     @property
     def paged_bytes(self) -> int:
@@ -188,15 +198,16 @@ class Ahead:
 
     def wait(self) -> None:
         """Return when everything that was begun to decode is there; mapped bytes may still be coming in."""
-        self._reader.wait()
+        if self._batch is not None:
+            self._batch.wait()
 
     def wait_for_pages(self) -> None:
         """Return when the mapped bytes are in memory too."""
         if self._prefault is not None:
             self._prefault.wait()
 
-    def abandon(self) -> None:
-        """Stop; what is there may be dropped."""
-        self._reader.cancel()
+    def close(self) -> None:
+        """Stop what is under way and end the threads; what is there may be dropped."""
+        self.reader.close()
         if self._prefault is not None:
             self._prefault.stop()

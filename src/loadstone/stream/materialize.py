@@ -15,10 +15,9 @@ from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.errors import UnsupportedDtype
-from loadstone.events import Observer
-from loadstone.stream.host import Ahead, fill_for, is_mappable
+from loadstone.stream.host import Ahead, fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Fill, Reader
+from loadstone.stream.read import Fill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +71,12 @@ class Materializer:
         checkpoint: where they come from.
         ahead: what was begun before.
         device: where they go.
-        observer: who is told about bytes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ahead: Ahead, device: torch.device, observer: Observer) -> None:
+    def __init__(self, checkpoint: Checkpoint, ahead: Ahead, device: torch.device) -> None:
         self._tensors = checkpoint.tensors
         self._ahead = ahead
         self._device = device
-        self._reader = Reader(observer=observer)
         self._made = Materialized()
 
     def run(self, keymap: KeyMap, targets: Mapping[str, Target]) -> Materialized:
@@ -98,15 +95,15 @@ class Materializer:
             target = targets[assignment.target]
             if not self._view(assignment, target) and not self._plan(assignment, target, fills):
                 later.append((assignment, target))
-        self._reader.start(fills)
+        batch = self._ahead.reader.submit(fills)
         self._ahead.wait()
-        self._reader.wait()
+        batch.wait()
         for assignment, target in later:
             self._made.tensors[assignment.target] = self._compose(assignment, target)
         for conversion in keymap.conversions:
             self._convert(conversion)
-        self._made.read_bytes = self._reader.done_bytes + self._ahead.read_bytes
-        self._made.read_s = self._reader.seconds + self._ahead.read_s
+        self._made.read_bytes = batch.done_bytes + self._ahead.read_bytes
+        self._made.read_s = batch.seconds + self._ahead.read_s
         return self._made
 
     def source(self, name: str, dtype: str | None = None) -> torch.Tensor:
@@ -122,7 +119,7 @@ class Materializer:
         if ready is not None and ready.dtype == dtype:
             self._ahead.wait()
             return as_tensor(ready.data, dtype, info.shape)
-        if is_mappable(info, dtype):
+        if self._ahead.is_mappable(info, dtype):
             return as_tensor(self._ahead.maps.bytes_of(info), dtype, info.shape)
         if info.encoding is not None:
             return self._decode(info, dtype)
@@ -156,7 +153,7 @@ class Materializer:
         ready = self._ahead.decoded.get(info.name)
         if ready is not None and ready.dtype == target.dtype:
             tensor = as_tensor(ready.data, target.dtype, target.shape)
-        elif is_mappable(info, target.dtype):
+        elif self._ahead.is_mappable(info, target.dtype):
             tensor = as_tensor(self._ahead.maps.bytes_of(info), target.dtype, target.shape)
             self._made.mapped_bytes += info.nbytes
         else:

@@ -1,27 +1,54 @@
-"""Byte ranges of files into host memory: coalesced, in file order, by a few threads, cast on the way."""
+"""The engine of byte ranges: what is wanted of files into memory, coalesced, in file order, by a few threads.
+
+A `Reader` takes batches of fills. The batch of the lowest priority number comes first, and within it the order of the
+files; neighbouring small ranges become one read, large ones are cut into chunks that stay in a core's cache while
+they are cast or decoded. Each batch can be waited for and cancelled by itself, and the first error of a batch is raised
+to whoever waits for it.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import heapq
+import itertools
 import mmap
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from loadstone.events import BytesMoved, Observer
-from loadstone.hardware.memory import num_cores
-from loadstone.stream.convert import Kernel, copy
+from loadstone.events import BytesMoved, Observer, ignore
+from loadstone.stream.convert import copy
 from loadstone.stream.memory import Bytes, populate
-from loadstone.stream.source import Source, reads_past_the_cache, staging_bytes
+from loadstone.stream.source import Manner, Source, manners_of, staging_bytes
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
-_MIN_STEP_BYTES = 64 << 20
-_MAX_THREADS = 8
+_TELL_BYTES = 64 << 20
+# How long a thread without work waits for more before it ends.
+_LINGER_S = 1.0
+
+
+class Staging(Protocol):
+    """Where one thread's reads land before a kernel takes them on."""
+
+    def next(self) -> Bytes:
+        """Page-aligned bytes, `staging_bytes(CHUNK_BYTES)` of them, that nobody reads any more."""
+
+
+class HostStaging:
+    """One buffer over and over: kernels on the host are done with it when they return."""
+
+    def __init__(self) -> None:
+        # A map of its own is page-aligned, as reads past the page cache require.
+        self._buffer = np.frombuffer(mmap.mmap(-1, staging_bytes(CHUNK_BYTES)), np.uint8)
+
+    def next(self) -> Bytes:
+        """The buffer."""
+        return self._buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +61,17 @@ class Fill:
         source_bits: the width of a stored element, or of a block.
         destination_bits: what such an element or block becomes.
         nbytes: how many bytes are read.
-        destination: where they go: contiguous bytes, `nbytes * destination_bits / source_bits` of them.
-        kernel: what is done on the way.
-        fresh: the destination was never touched.
+        destination: where they go: contiguous bytes, `nbytes * destination_bits / source_bits` of them, as an array, or
+            as whatever else can be sliced and `kernel` understands (a tensor on a device).
+        kernel: what is done on the way; called with the bytes read and the destination.
+        fresh: the destination is host memory that was never touched.
     """
 
     file: Path
     offset: int
     nbytes: int
-    destination: Bytes
-    kernel: Kernel = copy
+    destination: Any
+    kernel: Callable[[Bytes, Any], None] = copy
     source_bits: int = 8
     destination_bits: int = 8
     fresh: bool = True
@@ -59,102 +87,192 @@ class _Span:
     fills: tuple[Fill, ...]
 
 
-class Reader:
-    """Runs fills on threads of its own; the first error is raised to whoever waits."""
+class Batch:
+    """Fills that were submitted together.
 
-    def __init__(self, *, num_threads: int | None = None, observer: Observer, stage: str = "read") -> None:
-        self._num_threads = num_threads
-        self._observer = observer
-        self._stage = stage
+    Attributes:
+        total_bytes: to be read.
+        done_bytes: read and delivered so far.
+        manners: how each file is read.
+    """
+
+    def __init__(self, fills: Sequence[Fill], manners: Mapping[Path, Manner]) -> None:
+        self.total_bytes = sum(fill.nbytes for fill in fills)
+        self.done_bytes = 0
+        self.manners = manners
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._spans: Iterator[_Span] = _spans(fills)
+        self._sources: dict[Path, Source] = {}
+        self._num_running = 0
+        self._exhausted = False
         self._error: BaseException | None = None
-        self._done_bytes = 0
-        self._told_bytes = 0
-        self._total_bytes = 0
-        self._spans: Iterator[_Span] = iter(())
-        self._direct: dict[Path, bool] = {}
-        self._begin_s = 0.0
-        self._end_s = 0.0
+        self._over = threading.Event()
+        self._begin_s = self._end_s = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """From the start to the last byte so far."""
         return self._end_s - self._begin_s
 
-    @property
-    def done_bytes(self) -> int:
-        """How many bytes have arrived."""
-        return self._done_bytes
-
-    def start(self, fills: Sequence[Fill]) -> None:
-        """Begin; returns at once."""
-        self._total_bytes = sum(fill.nbytes for fill in fills)
-        self._begin_s = self._end_s = time.perf_counter()
-        self._spans = _spans(fills)
-        self._direct = {path: reads_past_the_cache(path) for path in {fill.file for fill in fills}}
-        num_threads = self._num_threads or reader_threads(direct=any(self._direct.values()))
-        for index in range(num_threads if fills else 0):
-            thread = threading.Thread(target=self._work, name=f"loadstone-read-{index}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
     def wait(self) -> None:
-        """Return when every byte has arrived.
+        """Return when every byte is where it belongs.
 
         Raises:
             TruncatedFile: a file ended early.
             OSError: a file could not be read.
         """
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
+        self._over.wait()
         if self._error is not None:
             raise self._error
 
     def cancel(self) -> None:
-        """Stop after the ranges that are under way."""
+        """Give up what has not begun; returns when nothing of this batch is under way."""
+        self._give_up(None)
+        self._over.wait()
+
+    def _take(self) -> _Span | None:
+        """The next span, which must be followed by `_run`; None when there is none left."""
         with self._lock:
+            span = next(self._spans, None)
+            if span is None:
+                self._exhausted = True
+                self._finish_if_done()
+            else:
+                self._num_running += 1
+            return span
+
+    def _run(self, span: _Span, staging: Staging, tell: Callable[[int], None]) -> None:
+        """Read a span and deliver it."""
+        try:
+            _deliver(span, self._source(span.file), staging)
+            tell(span.nbytes)
+        except BaseException as error:  # carried to the thread that waits, and raised there
+            self._give_up(error)
+        with self._lock:
+            self._num_running -= 1
+            if self._error is None:
+                self.done_bytes += span.nbytes
+                self._end_s = time.perf_counter()
+            self._finish_if_done()
+
+    def _give_up(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._error = self._error or error
             self._spans = iter(())
-        for thread in self._threads:
+            self._exhausted = True
+            self._finish_if_done()
+
+    def _source(self, path: Path) -> Source:
+        with self._lock:
+            if path not in self._sources:
+                self._sources[path] = Source(path, self.manners[path].mode)
+            return self._sources[path]
+
+    def _finish_if_done(self) -> None:
+        if self._exhausted and not self._num_running and not self._over.is_set():
+            for source in self._sources.values():
+                source.close()
+            self._sources.clear()
+            self._over.set()
+
+
+class Reader:
+    """Runs batches on threads of its own, which end by themselves when there is nothing to do.
+
+    Args:
+        observer: is told of bytes, of all batches together.
+        stage: the name of the stage in those events.
+        staging: makes the staging of one thread.
+        num_threads: at most; by default what suits the files.
+    """
+
+    def __init__(
+        self,
+        *,
+        observer: Observer = ignore,
+        stage: str = "read",
+        staging: Callable[[], Staging] = HostStaging,
+        num_threads: int | None = None,
+    ) -> None:
+        self._observer = observer
+        self._stage = stage
+        self._staging = staging
+        self._max_threads = num_threads
+        self._changed = threading.Condition()
+        self._queue: list[tuple[int, int, Batch]] = []
+        self._serial = itertools.count()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        self._done_bytes = 0
+        self._told_bytes = 0
+        self._total_bytes = 0
+
+    @property
+    def done_bytes(self) -> int:
+        """How many bytes have arrived, of all batches."""
+        return self._done_bytes
+
+    def submit(self, fills: Sequence[Fill], *, priority: int = 0) -> Batch:
+        """Begin to read; returns at once.
+
+        Args:
+            fills: what is wanted.
+            priority: batches with a lower number come first; of equal ones the earlier.
+        """
+        batch = Batch(fills, manners_of({fill.file: None for fill in fills}))
+        wanted = max((manner.num_threads for manner in batch.manners.values()), default=0)
+        wanted = min(self._max_threads or wanted, -(-batch.total_bytes // CHUNK_BYTES) or 1)
+        with self._changed:
+            self._total_bytes += batch.total_bytes
+            heapq.heappush(self._queue, (priority, next(self._serial), batch))
+            while len(self._threads) < wanted:
+                thread = threading.Thread(target=self._work, name="loadstone-read", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+            self._changed.notify_all()
+        if not fills:
+            batch.cancel()
+        return batch
+
+    def close(self) -> None:
+        """Cancel every batch and end the threads."""
+        with self._changed:
+            self._closed = True
+            batches, threads = [batch for *_, batch in self._queue], tuple(self._threads)
+            self._queue.clear()
+            self._changed.notify_all()
+        for batch in batches:
+            batch.cancel()
+        for thread in threads:
             thread.join()
-        self._threads.clear()
 
     def _work(self) -> None:
-        # A map of its own is page-aligned, as reads past the page cache require.
-        staging = np.frombuffer(mmap.mmap(-1, staging_bytes(CHUNK_BYTES)), np.uint8)
-        with contextlib.ExitStack() as stack:
-            opened: dict[Path, Source] = {}
-            try:
-                while (span := self._next()) is not None:
-                    if span.file not in opened:
-                        opened[span.file] = Source(span.file, direct=self._direct[span.file])
-                        stack.callback(opened[span.file].close)
-                    _run(span, opened[span.file], staging)
-                    self._tell(span.nbytes)
-            except BaseException as error:  # carried to the thread that waits, and raised there
-                with self._lock:
-                    self._error = self._error or error
-                    self._spans = iter(())
+        staging = self._staging()
+        while (job := self._next()) is not None:
+            batch, span = job
+            batch._run(span, staging, self._tell)
+            del batch, span, job  # what was delivered must not live on in a thread that waits
 
-    def _next(self) -> _Span | None:
-        with self._lock:
-            return next(self._spans, None)
+    def _next(self) -> tuple[Batch, _Span] | None:
+        with self._changed:
+            while True:
+                while self._queue:
+                    batch = self._queue[0][2]
+                    if (span := batch._take()) is not None:
+                        return batch, span
+                    heapq.heappop(self._queue)
+                if self._closed or (not self._changed.wait(_LINGER_S) and not self._queue):
+                    self._threads.discard(threading.current_thread())
+                    return None
 
     def _tell(self, nbytes: int) -> None:
-        with self._lock:
+        with self._changed:
             self._done_bytes += nbytes
-            self._end_s = time.perf_counter()
-            if self._done_bytes - self._told_bytes < _MIN_STEP_BYTES and self._done_bytes != self._total_bytes:
+            if self._done_bytes - self._told_bytes < _TELL_BYTES and self._done_bytes != self._total_bytes:
                 return
             self._told_bytes = self._done_bytes
             event = BytesMoved(stage=self._stage, done_bytes=self._done_bytes, total_bytes=self._total_bytes)
         self._observer(event)
-
-
-def reader_threads(*, direct: bool) -> int:
-    """As many as there are cores to run on, at least 2; past the page cache 8, most of which wait for the disk."""
-    return _MAX_THREADS if direct else max(2, min(_MAX_THREADS, num_cores()))
 
 
 def _spans(fills: Iterable[Fill]) -> Iterator[_Span]:
@@ -205,13 +323,13 @@ def _pieces(fills: Iterable[Fill]) -> Iterator[Fill]:
             )
 
 
-def _run(span: _Span, source: Source, staging: Bytes) -> None:
+def _deliver(span: _Span, source: Source, staging: Staging) -> None:
     first = span.fills[0]
     if len(span.fills) == 1 and first.kernel is copy:
         _touch(first)
-        source.read_into(span.offset, first.destination, staging)
+        source.read_into(span.offset, first.destination, staging.next())
         return
-    staged = source.read(span.offset, span.nbytes, staging)
+    staged = source.read(span.offset, span.nbytes, staging.next())
     for fill in span.fills:
         begin = fill.offset - span.offset
         _touch(fill)
