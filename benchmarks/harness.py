@@ -19,7 +19,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 _DROP = Path("/proc/sys/vm/drop_caches")
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "gguf", "loadstone")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "gguf",
+    "runai-model-streamer",
+    "fastsafetensors",
+    "tensorizer",
+    "loadstone",
+)
 
 
 def can_drop_caches() -> bool:
@@ -118,6 +128,11 @@ def median_ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]
 def verdict(name: str, figure: float, goal: float) -> str:
     """A goal with its figure, and whether it was reached."""
     return f"{'reached' if figure <= goal else 'MISSED'}  {name}: {figure:.3g} (goal at most {goal:.3g})"
+
+
+def at_least(name: str, figure: float, goal: float) -> str:
+    """The same for a figure that should be large."""
+    return f"{'reached' if figure >= goal else 'MISSED'}  {name}: {figure:.3g} (goal at least {goal:.3g})"
 
 
 def machine() -> dict[str, Any]:

@@ -124,3 +124,21 @@ def test_the_manner_follows_from_what_was_probed(storage: Storage, cached: float
 
 def test_a_file_that_cannot_be_probed_is_read_the_plain_way(tmp_path: Path) -> None:
     assert manners_of([tmp_path / "gone"])[tmp_path / "gone"].mode is Mode.BUFFERED
+
+
+@pytest.mark.parametrize("phase", [0, 777])
+@pytest.mark.parametrize("offset", [0, 1, 4096, 4095])
+def test_large_direct_reads_arrive_whole_wherever_they_go(tmp_path: Path, phase: int, offset: int) -> None:
+    nbytes = 100 * 4096 + 5
+    content = np.random.default_rng(1).integers(0, 256, offset + nbytes + 3, dtype=np.uint8)
+    (tmp_path / "w").write_bytes(content.tobytes())
+    # With phase 0 the address is aligned as the offset in the file is, so that blocks need no staging.
+    memory = np.frombuffer(mmap.mmap(-1, nbytes + 3 * 4096), np.uint8)
+    begin = offset % 4096 + phase
+    memory[:] = 7
+    source = Source(tmp_path / "w", Mode.DIRECT)
+    source.read_into(offset, memory[begin : begin + nbytes], staging())
+    source.close()
+    assert np.array_equal(memory[begin : begin + nbytes], content[offset : offset + nbytes])
+    assert (memory[:begin] == 7).all()
+    assert (memory[begin + nbytes :] == 7).all()

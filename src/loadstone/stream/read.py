@@ -14,7 +14,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,12 @@ import numpy as np
 from loadstone.events import BytesMoved, Observer, ignore
 from loadstone.stream.convert import copy
 from loadstone.stream.memory import Bytes, populate
-from loadstone.stream.source import Manner, Source, manners_of, staging_bytes
+from loadstone.stream.source import ALIGNMENT, Manner, Source, manners_of, staging_bytes
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
+# What is only moved does not pass through the caches.
+_COPY_CHUNK_BYTES = 16 << 20
 _TELL_BYTES = 64 << 20
 # How long a thread without work waits for more before it ends.
 _LINGER_S = 1.0
@@ -302,25 +304,27 @@ def _span(fills: Sequence[Fill]) -> _Span:
 
 def _pieces(fills: Iterable[Fill]) -> Iterator[Fill]:
     for fill in fills:
-        if fill.nbytes <= CHUNK_BYTES:
-            if fill.nbytes:
+        begin = 0
+        while begin < fill.nbytes:
+            end = _cut(fill, begin)
+            if end - begin == fill.nbytes:
                 yield fill
-            continue
+            else:
+                to, until = (at * fill.destination_bits // fill.source_bits for at in (begin, end))
+                yield replace(
+                    fill, offset=fill.offset + begin, nbytes=end - begin, destination=fill.destination[to:until]
+                )
+            begin = end
+
+
+def _cut(fill: Fill, begin: int) -> int:
+    """Where the piece that starts at `begin` ends: at an element, or at a block of the disk if bytes only move."""
+    if fill.kernel is copy:
+        end = (fill.offset + begin + _COPY_CHUNK_BYTES) // ALIGNMENT * ALIGNMENT - fill.offset
+    else:
         unit = max(1, fill.source_bits // 8)
-        step = CHUNK_BYTES // unit * unit
-        for begin in range(0, fill.nbytes, step):
-            nbytes = min(step, fill.nbytes - begin)
-            to = begin * fill.destination_bits // fill.source_bits
-            yield Fill(
-                file=fill.file,
-                offset=fill.offset + begin,
-                nbytes=nbytes,
-                destination=fill.destination[to : to + nbytes * fill.destination_bits // fill.source_bits],
-                kernel=fill.kernel,
-                source_bits=fill.source_bits,
-                destination_bits=fill.destination_bits,
-                fresh=fill.fresh,
-            )
+        end = begin + CHUNK_BYTES // unit * unit
+    return min(end, fill.nbytes)
 
 
 def _deliver(span: _Span, source: Source, staging: Staging) -> None:
