@@ -136,14 +136,15 @@ class Arena:
     def take(self, nbytes: int) -> Bytes:
         """`nbytes` zeroed bytes, aligned to 64."""
         if nbytes >= _SLAB_BYTES // 4:
-            return _anonymous(nbytes)
+            return anonymous(nbytes)
         with self._lock:
             if nbytes > self._slab.size:
-                self._slab = _anonymous(_SLAB_BYTES)
+                self._slab = anonymous(_SLAB_BYTES)
             taken, self._slab = self._slab[:nbytes], self._slab[-(-nbytes // _ALIGNMENT) * _ALIGNMENT :]
             return taken
 
 
-def _anonymous(nbytes: int) -> Bytes:
+def anonymous(nbytes: int) -> Bytes:
+    """Fresh zeroed page-aligned memory in a map of its own."""
     mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(mapped, np.uint8)

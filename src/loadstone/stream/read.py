@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from loadstone.events import BytesMoved, Observer, ignore
 from loadstone.stream.convert import copy
-from loadstone.stream.memory import Bytes, populate
+from loadstone.stream.memory import Bytes, anonymous, populate
 from loadstone.stream.source import ALIGNMENT, Manner, Source, manners_of, staging_bytes
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
@@ -46,7 +43,7 @@ class HostStaging:
 
     def __init__(self) -> None:
         # A map of its own is page-aligned, as reads past the page cache require.
-        self._buffer = np.frombuffer(mmap.mmap(-1, staging_bytes(CHUNK_BYTES)), np.uint8)
+        self._buffer = anonymous(staging_bytes(CHUNK_BYTES))
 
     def next(self) -> Bytes:
         """The buffer."""
