@@ -127,6 +127,7 @@ class Ahead:
         maps: the files.
         arena: where decoded tensors go.
         decoded: tensors under way or done, by checkpoint name.
+        observer: who is told of bytes.
         reader: what reads them, and whatever else the load wants read.
     """
 
@@ -134,7 +135,7 @@ class Ahead:
         self.maps = FileMaps()
         self.arena = Arena()
         self.decoded: dict[str, Decoded] = {}
-        self._observer = observer
+        self.observer = observer
         self.reader = Reader(observer=observer)
         self._batch: Batch | None = None
         self._unmapped: frozenset[Path] = frozenset()
@@ -170,7 +171,7 @@ class Ahead:
         self._batch = self.reader.submit(fills)
         ranges = [self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files]
         if ranges:
-            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self._observer)
+            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""
@@ -206,8 +207,12 @@ class Ahead:
         if self._prefault is not None:
             self._prefault.wait()
 
+    def stop_paging(self) -> None:
+        """Bring no more mapped bytes in."""
+        if self._prefault is not None:
+            self._prefault.stop()
+
     def close(self) -> None:
         """Stop what is under way and end the threads; what is there may be dropped."""
         self.reader.close()
-        if self._prefault is not None:
-            self._prefault.stop()
+        self.stop_paging()

@@ -17,7 +17,8 @@ from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.errors import UnsupportedDtype
 from loadstone.stream.host import Ahead, fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Fill
+from loadstone.stream.read import Batch, Fill, Reader
+from loadstone.stream.transfer import LockedStaging, device_fill, link_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,7 @@ class Materializer:
         self._tensors = checkpoint.tensors
         self._ahead = ahead
         self._device = device
+        self._link = link_for(device)
         self._made = Materialized()
 
     def run(self, keymap: KeyMap, targets: Mapping[str, Target]) -> Materialized:
@@ -91,13 +93,13 @@ class Materializer:
         """
         fills: list[Fill] = []
         later: list[tuple[Assignment, Target]] = []
+        plan = self._send if self._link is not None else self._fill
         for assignment in keymap.assignments:
             target = targets[assignment.target]
-            if not self._view(assignment, target) and not self._plan(assignment, target, fills):
+            if not plan(assignment, target, fills):
                 later.append((assignment, target))
-        batch = self._ahead.reader.submit(fills)
+        batch = self._read(fills)
         self._ahead.wait()
-        batch.wait()
         for assignment, target in later:
             self._made.tensors[assignment.target] = self._compose(assignment, target)
         for conversion in keymap.conversions:
@@ -105,6 +107,26 @@ class Materializer:
         self._made.read_bytes = batch.done_bytes + self._ahead.read_bytes
         self._made.read_s = batch.seconds + self._ahead.read_s
         return self._made
+
+    def _read(self, fills: Sequence[Fill]) -> Batch:
+        """Run fills to their end."""
+        link = self._link
+        if link is None:
+            batch = self._ahead.reader.submit(fills)
+            batch.wait()
+            return batch
+        if fills:
+            self._ahead.stop_paging()  # what is not in by now is read past the page cache, or both would read it
+        reader = Reader(observer=self._ahead.observer, staging=lambda: LockedStaging(link))
+        try:
+            link.fork()
+            batch = reader.submit(fills)
+            batch.wait()
+            link.join()
+        finally:
+            reader.close()
+            link.close()
+        return batch
 
     def source(self, name: str, dtype: str | None = None) -> torch.Tensor:
         """One checkpoint tensor as it is called there, as a view of the file where possible.
@@ -142,10 +164,28 @@ class Materializer:
         fill.kernel(self._ahead.maps.bytes_of(info), data)
         return as_tensor(data, dtype, info.shape)
 
+    def _fill(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
+        """On the host: a view where nothing changes, otherwise parts that a kernel reads into the final memory."""
+        if self._view(assignment, target):
+            return True
+        if self._device.type != "cpu" or not _is_plain(assignment):
+            return False
+        data = self._ahead.arena.take(nbytes_of(DTYPES[target.dtype], prod(target.shape)))
+        planned = []
+        for part in assignment.parts:
+            info = self._tensors[part.source]
+            fill = fill_for(info, target.dtype, data[self._stretch(part, info, target.dtype)])
+            if fill is None:
+                return False
+            planned.append(fill)
+        fills.extend(planned)
+        self._made.tensors[assignment.target] = as_tensor(data, target.dtype, target.shape)
+        return True
+
     def _view(self, assignment: Assignment, target: Target) -> bool:
         """A whole tensor that needs no work: take it where it lies."""
         first = assignment.parts[0]
-        if len(assignment.parts) != 1 or first.layout is not None or first.index is not None:
+        if len(assignment.parts) != 1 or not _is_plain(assignment):
             return False
         info = self._tensors[first.source]
         if info.numel != prod(target.shape):
@@ -163,22 +203,19 @@ class Materializer:
         self._made.tensors[assignment.target] = tensor.to(self._device)
         return True
 
-    def _plan(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
-        """Parts that a kernel can read straight into the final memory; on a GPU, the cast is done there."""
-        if self._device.type != "cpu" or any(
-            part.layout is not None or part.index is not None for part in assignment.parts
-        ):
+    def _send(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
+        """To a device: plain parts are read into page-locked memory, sent as stored, and cast over there."""
+        infos = [self._tensors[part.source] for part in assignment.parts]
+        stored = all(info.encoding is None and info.strides is None and DTYPES[info.dtype].bits >= 8 for info in infos)
+        if self._link is None or not stored or not _is_plain(assignment):
             return False
-        data = self._ahead.arena.take(nbytes_of(DTYPES[target.dtype], prod(target.shape)))
-        planned = []
-        for part in assignment.parts:
-            info = self._tensors[part.source]
-            fill = fill_for(info, target.dtype, data[self._stretch(part, info, target.dtype)])
-            if fill is None:
-                return False
-            planned.append(fill)
-        fills.extend(planned)
-        self._made.tensors[assignment.target] = as_tensor(data, target.dtype, target.shape)
+        wanted = torch_dtype(target.dtype)
+        whole = torch.empty(target.shape, dtype=wanted, device=self._device)
+        flat = whole.view(-1).view(torch.uint8)
+        for part, info in zip(assignment.parts, infos, strict=True):
+            piece = flat[self._stretch(part, info, target.dtype)]
+            fills.append(device_fill(info, (torch_dtype(info.dtype), wanted), piece, self._link))
+        self._made.tensors[assignment.target] = whole
         return True
 
     @staticmethod
@@ -214,6 +251,11 @@ class Materializer:
         sources = [self.source(name, dtype) for name, dtype in zip(conversion.sources, conversion.dtypes, strict=True)]
         for fqn, tensor in conversion.run(sources).items():
             self._made.tensors[fqn] = tensor.to(self._device)
+
+
+def _is_plain(assignment: Assignment) -> bool:
+    """Whether its parts are contiguous stretches that are not rearranged."""
+    return all(part.layout is None and part.index is None for part in assignment.parts)
 
 
 def _rearranged(layout: Any, tensor: torch.Tensor) -> torch.Tensor:

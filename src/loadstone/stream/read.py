@@ -35,7 +35,7 @@ class Staging(Protocol):
     """Where one thread's reads land before a kernel takes them on."""
 
     def next(self) -> Bytes:
-        """Page-aligned bytes, `staging_bytes(CHUNK_BYTES)` of them, that nobody reads any more."""
+        """Page-aligned bytes, `staging_bytes` of the largest chunk of them, that nobody reads any more."""
 
 
 class HostStaging:
@@ -64,6 +64,7 @@ class Fill:
             as whatever else can be sliced and `kernel` understands (a tensor on a device).
         kernel: what is done on the way; called with the bytes read and the destination.
         fresh: the destination is host memory that was never touched.
+        chunk_bytes: the most that is read at once and handed to `kernel`; staging must have room for it.
     """
 
     file: Path
@@ -74,6 +75,7 @@ class Fill:
     source_bits: int = 8
     destination_bits: int = 8
     fresh: bool = True
+    chunk_bytes: int = CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +291,7 @@ def _spans(fills: Iterable[Fill]) -> Iterator[_Span]:
 def _joins(pending: Sequence[Fill], piece: Fill) -> bool:
     last = pending[-1]
     adjacent = last.file == piece.file and last.offset + last.nbytes == piece.offset
-    return adjacent and piece.offset + piece.nbytes - pending[0].offset <= CHUNK_BYTES
+    return adjacent and piece.offset + piece.nbytes - pending[0].offset <= pending[0].chunk_bytes
 
 
 def _span(fills: Sequence[Fill]) -> _Span:
@@ -320,7 +322,7 @@ def _cut(fill: Fill, begin: int) -> int:
         end = (fill.offset + begin + _COPY_CHUNK_BYTES) // ALIGNMENT * ALIGNMENT - fill.offset
     else:
         unit = max(1, fill.source_bits // 8)
-        end = begin + CHUNK_BYTES // unit * unit
+        end = begin + fill.chunk_bytes // unit * unit
     return min(end, fill.nbytes)
 
 
