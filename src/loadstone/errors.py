@@ -5,6 +5,8 @@
     │   ├── SourceNotFound          no such path, no such hub id, nothing cached
     │   ├── NotACheckpoint          the path exists and holds no weights
     │   ├── UnsupportedFormat       a format or encoding that is not read
+    │   ├── UnreadableFile          the system does not let a file be read, or no longer
+    │   ├── FileChanged             a file is another one than when its header was read
     │   ├── DownloadFailed          the hub did not give what was asked for
     │   └── ChecksumMismatch        a file is not the one that was expected
     ├── CorruptCheckpoint           a file contradicts itself
@@ -46,6 +48,14 @@ class NotACheckpoint(SourceError):
 
 class UnsupportedFormat(SourceError):
     """The file is of a kind, or holds an encoding, that is not read."""
+
+
+class UnreadableFile(SourceError):
+    """A file cannot be read, or can no longer: removed, forbidden, a disk that fails."""
+
+
+class FileChanged(SourceError):
+    """A file was replaced or written to while it was loaded."""
 
 
 class DownloadFailed(SourceError):

@@ -14,6 +14,7 @@ from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import config_from_metadata, tensor_targets
 from loadstone.architecture.keymap import RenameRules
 from loadstone.checkpoint.cache import cache_folder
+from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
@@ -170,6 +171,7 @@ def load(
         model, finish_report = assemble(begun)
         with begun.recorder.stage("page in") as told:
             begun.ahead.wait_for_pages()
+            check_unchanged(begun.checkpoint.files)
             told.text = _paged_line(begun.ahead)
     import_files.learn(cache_folder())
     remember(model, Loaded(report=finish_report(watch.peak, time.perf_counter() - begun.start)))

@@ -142,9 +142,8 @@ def _read(path: Path) -> _Contents:
         if file.nbytes == 0:
             raise TruncatedFile(f"{path}: expected a weight file, found an empty one; copy or download it again.")
         head = file.read(0, min(64, file.nbytes))
-        nbytes = file.nbytes
-    format_ = _format_of(path, head)
-    return _READERS[format_](CheckpointFile(path=path, nbytes=nbytes))
+        found = CheckpointFile(path=path, nbytes=file.nbytes, version=file.version)
+    return _READERS[_format_of(path, head)](found)
 
 
 def _format_of(path: Path, head: bytes) -> Format:

@@ -49,11 +49,35 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileVersion:
+    """What tells a file from one that took its place, and from itself after it was written to.
+
+    Attributes:
+        device: the number of its file system.
+        inode: its number there.
+        nbytes: its size.
+        mtime_ns: when it was last written to, in nanoseconds.
+    """
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFile:
-    """One weight file: its path and its size in bytes."""
+    """One weight file.
+
+    Attributes:
+        path: where it lies.
+        nbytes: its size.
+        version: which one it was when its header was read; None where nobody looked.
+    """
 
     path: Path
     nbytes: int
+    version: FileVersion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from loadstone.events import Observer
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for
 from loadstone.stream.dequantize import dequantize
-from loadstone.stream.memory import Arena, Bytes, map_file
+from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.read import Batch, Fill, Reader
 
@@ -45,11 +45,15 @@ class FileMaps:
         """The stored bytes of a tensor, as a view of the map."""
         mapped = self.whole(info.file)
         if info.offset + info.nbytes > mapped.size:
-            raise TruncatedFile(
-                f"{info.file}: {info.name} ends at byte {info.offset + info.nbytes:,}, but the file now has "
-                f"{mapped.size:,}; it was cut short after it was opened. Download it again."
-            )
+            raise _cut_short(info, mapped.size)
         return mapped[info.offset : info.offset + info.nbytes]
+
+
+def _cut_short(info: TensorInfo, found_bytes: int) -> TruncatedFile:
+    return TruncatedFile(
+        f"{info.file}: {info.name} ends at byte {info.offset + info.nbytes:,}, but the file now has {found_bytes:,}; "
+        "it was cut short after it was opened. Download it again."
+    )
 
 
 def is_mappable(info: TensorInfo, dtype: str) -> bool:
@@ -169,13 +173,31 @@ class Ahead:
             self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
         self._batch = self.reader.submit(fills)
-        ranges = [self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files]
-        if ranges:
-            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
+        maps = {path: self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files}
+        if maps:
+            self._prefault = Prefault(maps, beside_imports="torch" not in sys.modules, observer=self.observer)
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""
         return info.file not in self._unmapped and is_mappable(info, dtype)
+
+    def stored(self, info: TensorInfo) -> Bytes:
+        """The stored bytes of a tensor, for whoever works on them now: a view whose pages are there, or a copy.
+
+        Raises:
+            TruncatedFile: the file was cut short after it was opened.
+            UnreadableFile: it cannot be read any more.
+        """
+        if info.file in self._unmapped:
+            data = self.arena.take(info.nbytes)
+            self.reader.submit([Fill(file=info.file, offset=info.offset, nbytes=info.nbytes, destination=data)]).wait()
+            return data
+        data = self.maps.bytes_of(info)
+        with Toucher() as toucher:
+            for begin in range(0, data.size, TOUCH_BYTES):
+                if not toucher.touch(data[begin : begin + TOUCH_BYTES]):
+                    raise _cut_short(info, info.file.stat().st_size)
+        return data
 
     @property
     def read_bytes(self) -> int:
@@ -203,7 +225,11 @@ class Ahead:
             self._batch.wait()
 
     def wait_for_pages(self) -> None:
-        """Return when the mapped bytes are in memory too."""
+        """Return when the mapped bytes are in memory too.
+
+        Raises:
+            TruncatedFile: a file was cut short meanwhile.
+        """
         if self._prefault is not None:
             self._prefault.wait()
 

@@ -142,13 +142,13 @@ class Materializer:
             self._ahead.wait()
             return as_tensor(ready.data, dtype, info.shape)
         if self._ahead.is_mappable(info, dtype):
-            return as_tensor(self._ahead.maps.bytes_of(info), dtype, info.shape)
+            return as_tensor(self._ahead.stored(info), dtype, info.shape)
         if info.encoding is not None:
             return self._decode(info, dtype)
         return self._stored(info).to(torch_dtype(dtype))
 
     def _stored(self, info: TensorInfo) -> torch.Tensor:
-        data = self._ahead.maps.bytes_of(info)
+        data = self._ahead.stored(info)
         width = max(1, DTYPES[info.dtype].bits // 8)
         if data.ctypes.data % width:
             data = data.copy()
@@ -161,7 +161,7 @@ class Materializer:
         fill = fill_for(info, dtype, data)
         if fill is None:
             return self._decode(info, "float32").to(torch_dtype(dtype))
-        fill.kernel(self._ahead.maps.bytes_of(info), data)
+        fill.kernel(self._ahead.stored(info), data)
         return as_tensor(data, dtype, info.shape)
 
     def _fill(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
@@ -194,7 +194,9 @@ class Materializer:
         if ready is not None and ready.dtype == target.dtype:
             tensor = as_tensor(ready.data, target.dtype, target.shape)
         elif self._ahead.is_mappable(info, target.dtype):
-            tensor = as_tensor(self._ahead.maps.bytes_of(info), target.dtype, target.shape)
+            # Only a CPU's tensor stays a view; elsewhere it is read now.
+            data = self._ahead.maps.bytes_of(info) if self._device.type == "cpu" else self._ahead.stored(info)
+            tensor = as_tensor(data, target.dtype, target.shape)
             self._made.mapped_bytes += info.nbytes
         else:
             return False
