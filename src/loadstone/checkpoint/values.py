@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from loadstone.dtypes import DTYPES
+
 
 class Format(Enum):
     """How the weights are stored."""
@@ -46,6 +48,11 @@ class TensorInfo:
     def numel(self) -> int:
         """The number of elements."""
         return prod(self.shape)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether it begins at a multiple of its elements' size."""
+        return self.offset % max(1, DTYPES[self.dtype].bits // 8) == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

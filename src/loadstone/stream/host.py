@@ -58,8 +58,7 @@ def _cut_short(info: TensorInfo, found_bytes: int) -> TruncatedFile:
 
 def is_mappable(info: TensorInfo, dtype: str) -> bool:
     """Whether the bytes in the file are what memory must hold: same dtype, plain, contiguous, aligned."""
-    width = max(1, DTYPES[info.dtype].bits // 8)
-    return info.encoding is None and info.dtype == dtype and info.strides is None and info.offset % width == 0
+    return info.encoding is None and info.dtype == dtype and info.strides is None and info.is_aligned
 
 
 def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
