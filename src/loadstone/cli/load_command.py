@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loadstone.cli import options
-from loadstone.cli.loading import LoadOptions, load_model, with_load_options
+from loadstone.cli.loading import LoadOptions, load_model, with_options
 from loadstone.cli.progress import shown
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ loadstone load model.gguf --dtype bfloat16 --json
 """
 
 
-@with_load_options
+@with_options
 def load_command(
     source: options.SourceOrDemo = None,
     *,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from loadstone.stream.read import Batch, Fill, Reader
 
 _BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
+# A gap between tensors that is shorter costs more to step over than to bring in.
+_WORTH_SKIPPING = 1 << 16
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
@@ -56,6 +58,21 @@ def is_mappable(info: TensorInfo, dtype: str) -> bool:
     """Whether the bytes in the file are what memory must hold: same dtype, plain, contiguous, aligned."""
     width = max(1, DTYPES[info.dtype].bits // 8)
     return info.encoding is None and info.dtype == dtype and info.strides is None and info.offset % width == 0
+
+
+def stretches(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
+    """The parts of files that hold tensors, as (file, begin, end): what lies between them is not brought in.
+
+    A checkpoint of which a part is loaded, or one with optimizer states, has long stretches that nobody asks for.
+    """
+    found: list[tuple[Path, int, int]] = []
+    places = sorted((info.file, info.offset, info.offset + info.nbytes) for info in infos if info.nbytes)
+    for path, begin, end in places:
+        if found and found[-1][0] == path and begin - found[-1][2] <= _WORTH_SKIPPING:
+            found[-1] = (path, found[-1][1], max(end, found[-1][2]))
+        else:
+            found.append((path, begin, end))
+    return found
 
 
 def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
@@ -169,7 +186,11 @@ class Ahead:
             self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
         self._batch = self.reader.submit(fills)
-        ranges = [self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files]
+        ranges = [
+            self.maps.whole(path)[begin:end]
+            for path, begin, end in stretches(checkpoint.tensors.values())
+            if path not in self._unmapped | decoded_files
+        ]
         if ranges:
             self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
 
