@@ -65,13 +65,20 @@ def stretches(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
 
     A checkpoint of which a part is loaded, or one with optimizer states, has long stretches that nobody asks for.
     """
+    places: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        if info.nbytes:
+            places.setdefault(info.file, []).append((info.offset, info.offset + info.nbytes))
     found: list[tuple[Path, int, int]] = []
-    places = sorted((info.file, info.offset, info.offset + info.nbytes) for info in infos if info.nbytes)
-    for path, begin, end in places:
-        if found and found[-1][0] == path and begin - found[-1][2] <= _WORTH_SKIPPING:
-            found[-1] = (path, found[-1][1], max(end, found[-1][2]))
-        else:
-            found.append((path, begin, end))
+    for path, spans in places.items():
+        spans.sort()
+        start, stop = spans[0]
+        for begin, end in spans:
+            if begin - stop > _WORTH_SKIPPING:
+                found.append((path, start, stop))
+                start = begin
+            stop = max(stop, end)
+        found.append((path, start, stop))
     return found
 
 
