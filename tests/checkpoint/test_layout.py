@@ -138,3 +138,9 @@ def test_a_file_has_no_subfolder_and_no_variant(tmp_path: Path, excerpt: dict[st
     for source in (path, [path, path]):
         with pytest.raises(ValueError, match=f"{next(iter(excerpt))}= chooses among the files of a folder"):
             open_checkpoint(source, excerpt=Excerpt(**excerpt))
+
+
+def test_a_pipeline_on_the_hub_names_its_components() -> None:
+    names = ["model_index.json", "unet/a.safetensors", "vae/b.bin", "scheduler/config.json", "unet/deep/c.safetensors"]
+    with pytest.raises(NotACheckpoint, match=r"diffusers pipeline .* with subfolder=, which are unet, vae\."):
+        pick(names, where="org/name")
