@@ -221,11 +221,13 @@ def test_a_rank_that_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "fault", "message"),
     [
-        (
-            {"dim": 96},
-            CheckpointMismatch,
-            r"do not make the parameter model\.embed_tokens\.weight \(expected \[96, 96\]",
-        ),
+        ({"dim": 96}, CheckpointMismatch, r"the parameter model\.embed_tokens\.weight \(expected \[96, 96\]"),
+        ({"n_kv_heads": 1}, CheckpointMismatch, r"others for the parameter model\..*_proj\.weight \(expected"),
+        ({"n_heads": 64, "n_kv_heads": 32, "head_dim": 1}, CheckpointMismatch, r"q_proj\.weight \(expected"),
+        ({"n_kv_heads": "2"}, InvalidConfig, "expected a positive number as n_kv_heads, found '2'"),
+        ({"vocab_size": -2}, InvalidConfig, "expected a positive number as vocab_size, found -2"),
+        ({"rope_theta": "1e5"}, InvalidConfig, "expected a positive number as rope_theta, found '1e5'"),
+        ({"n_layers": 10**7}, InvalidConfig, "num_hidden_layers is 10,000,000"),
         ({"dim": None}, InvalidConfig, "expected a positive number as dim, found None"),
         ({"n_heads": "4"}, InvalidConfig, "expected a positive number as n_heads, found '4'"),
         ({"moe": {"num_experts": 8}}, UnsupportedFormat, "found moe too"),

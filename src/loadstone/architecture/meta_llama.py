@@ -26,6 +26,8 @@ _WIDTHS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
 _ROTARY = {"rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "sliding_window"}
 _LIMITS = {"max_seq_len", "max_position_embeddings", "max_batch_size", "multiple_of", "ffn_dim_multiplier"}
 _KNOWN = _WIDTHS | _ROTARY | _LIMITS
+_NEEDED = {"dim", "n_layers", "n_heads"}
+_FRACTIONS = {"norm_eps", "rope_theta", "rope_scaling_factor", "rope_high_freq_factor", "ffn_dim_multiplier"}
 
 # Llama 3.1 to 3.3 stretch the rotary positions of Llama 3; params.json does not say by how much, but the small models
 # of 3.2 do it four times as much as the others.
@@ -90,10 +92,11 @@ def config_from_params(checkpoint: Checkpoint) -> dict[str, Any]:
         UnsupportedFormat: params.json has settings that this layout does not have: experts, images, quantisation.
     """
     where = f"{checkpoint.root / 'params.json'}"
-    params = dict(checkpoint.params or {})
-    params = params.get("model", params)
-    _check_known(params, where)
-    dim, heads = _size(params, "dim", where), _size(params, "n_heads", where)
+    params = checkpoint.params or {}
+    nested = params.get("model")
+    params = nested if isinstance(nested, Mapping) else params
+    _check(params, where)
+    dim, heads = params["dim"], params["n_heads"]
     is_mistral = "hidden_dim" in params
     rows = _rows(checkpoint)
     config: dict[str, Any] = {
@@ -101,15 +104,15 @@ def config_from_params(checkpoint: Checkpoint) -> dict[str, Any]:
         "architectures": ["MistralForCausalLM" if is_mistral else "LlamaForCausalLM"],
         "hidden_size": dim,
         "intermediate_size": params.get("hidden_dim") or _found(rows, "layers.0.feed_forward.w1.weight", where),
-        "num_hidden_layers": _size(params, "n_layers", where),
+        "num_hidden_layers": params["n_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": params.get("n_kv_heads") or heads,
         "head_dim": params.get("head_dim") or dim // heads,
-        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rms_norm_eps": params.get("norm_eps") or 1e-5,
         "tie_word_embeddings": "output.weight" not in rows,
     }
     # Llama 1 and 2 write -1.
-    vocab_size = params.get("vocab_size", -1)
+    vocab_size = params.get("vocab_size") or -1
     head = "tok_embeddings.weight" if config["tie_word_embeddings"] else "output.weight"
     config["vocab_size"] = vocab_size if vocab_size > 0 else _found(rows, head, where)
     if is_mistral:
@@ -120,7 +123,8 @@ def config_from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     return config | (_LLAMA3_TOKENS if config["vocab_size"] >= _LLAMA3_VOCAB else _OLD_TOKENS)
 
 
-def _check_known(params: Mapping[str, Any], where: str) -> None:
+def _check(params: Mapping[str, Any], where: str) -> None:
+    """Check that every setting is known, and that each is what it should be."""
     foreign = [key for key, value in params.items() if key not in _KNOWN and value not in (None, False)]
     if isinstance(params.get("sliding_window"), list):
         foreign.append("sliding_window for each layer")
@@ -129,13 +133,20 @@ def _check_known(params: Mapping[str, Any], where: str) -> None:
             f"{where}: expected the settings of Llama 1 to 3 or of Mistral 7B, found {foreign[0]} too, which changes "
             "what the model computes; use the checkpoint in the layout of Hugging Face."
         )
+    for key in sorted(_KNOWN):
+        value = params.get(key)
+        if (key in _NEEDED or value not in (None, False)) and not _is_valid(key, value):
+            raise InvalidConfig(f"{where}: expected a positive number as {key}, found {value!r}; download it again.")
 
 
-def _size(params: Mapping[str, Any], key: str, where: str) -> int:
-    value = params.get(key)
-    if type(value) is not int or value <= 0:
-        raise InvalidConfig(f"{where}: expected a positive number as {key}, found {value!r}; download it again.")
-    return value
+def _is_valid(key: str, value: Any) -> bool:
+    if key == "use_scaled_rope":
+        return isinstance(value, bool)
+    if key == "vocab_size" and value == -1:
+        return True
+    if key == "sliding_window" and isinstance(value, str):  # some releases write it as text
+        return value.isdecimal() and len(value) < 10
+    return type(value) in ((int, float) if key in _FRACTIONS else (int,)) and value > 0
 
 
 def _rows(checkpoint: Checkpoint) -> dict[str, int]:
@@ -229,7 +240,6 @@ def _parts(
     if dim is None:
         dim = 0 if infos[0].shape[-1:] == shape[-1:] else 1
     _check_whole(infos, rule.name, shape, dim)
-    heads = (checkpoint.config or {})[rule.heads] if rule.heads else None
     parts, begin = [], 0
     for info in infos:
         width = info.shape[dim]
@@ -240,11 +250,21 @@ def _parts(
                 start=begin * prod(info.shape[1:]) if index is None else 0,
                 shape=info.shape,
                 index=index,
-                layout=UnpermuteHeads(num_heads=heads * width // shape[0]) if heads else None,
+                layout=_layout(info, rule, shape, checkpoint) if rule.heads else None,
             )
         )
         begin += width
     return tuple(parts)
+
+
+def _layout(info: TensorInfo, rule: _Rule, shape: tuple[int, ...], checkpoint: Checkpoint) -> UnpermuteHeads:
+    """The rows of the heads that this slice holds, which are whole ones."""
+    config = checkpoint.config or {}
+    heads = config.get(rule.heads or "") or config.get("num_attention_heads")
+    rows = info.shape[0]
+    if not isinstance(heads, int) or heads * rows % shape[0] or rows % (2 * max(1, heads * rows // shape[0])):
+        raise _mismatch([info], rule.name, shape)
+    return UnpermuteHeads(num_heads=heads * rows // shape[0])
 
 
 def _check_whole(infos: Sequence[TensorInfo], target: str, shape: tuple[int, ...], dim: int) -> None:
@@ -257,16 +277,21 @@ def _check_whole(infos: Sequence[TensorInfo], target: str, shape: tuple[int, ...
     total = sum(info.shape[dim] for info in infos) if alike else 0
     if total == shape[dim]:
         return
-    if total and total < shape[dim] and shape[dim] % first.shape[dim] == 0:
+    if total and first.shape[dim] and total < shape[dim] and shape[dim] % first.shape[dim] == 0:
         count = shape[dim] // first.shape[dim]
         raise MissingShard(
             f"{first.file.parent}: expected {count} files, consolidated.00.pth to consolidated.{count - 1:02d}.pth, as "
             f"the shape of {name_and_rank(first.name)[0]} says, found {len(infos)}; download the others, or pass "
             "all of them."
         )
-    fault = f"{target} (expected {list(shape)}, found {' + '.join(str(list(info.shape)) for info in infos)})"
-    raise CheckpointMismatch(
-        f"{first.file.parent}: the tensors of its files do not make the parameter {fault}; use the params.json that "
-        "belongs to them.",
+    raise _mismatch(infos, target, shape)
+
+
+def _mismatch(infos: Sequence[TensorInfo], target: str, shape: tuple[int, ...]) -> CheckpointMismatch:
+    found = " + ".join(str(list(info.shape)) for info in infos)
+    fault = f"{target} (expected {list(shape)}, found {found} in {infos[0].name})"
+    return CheckpointMismatch(
+        f"{infos[0].file.parent}: expected tensors that make whole heads and matrices, found others for the parameter "
+        f"{fault}; use the params.json that belongs to them.",
         mismatched=(fault,),
     )
