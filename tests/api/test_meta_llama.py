@@ -227,6 +227,7 @@ def test_a_rank_that_is_missing_is_named(tmp_path: Path) -> None:
         ({"n_kv_heads": "2"}, InvalidConfig, "expected a positive number as n_kv_heads, found '2'"),
         ({"vocab_size": -2}, InvalidConfig, "expected a positive number as vocab_size, found -2"),
         ({"rope_theta": "1e5"}, InvalidConfig, "expected a positive number as rope_theta, found '1e5'"),
+        ({"hidden_dim": 2**70}, InvalidConfig, "expected a positive number as hidden_dim, found 118"),
         ({"n_layers": 10**7}, InvalidConfig, "num_hidden_layers is 10,000,000"),
         ({"dim": None}, InvalidConfig, "expected a positive number as dim, found None"),
         ({"n_heads": "4"}, InvalidConfig, "expected a positive number as n_heads, found '4'"),

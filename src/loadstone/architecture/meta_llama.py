@@ -27,6 +27,7 @@ _ROTARY = {"rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_fr
 _LIMITS = {"max_seq_len", "max_position_embeddings", "max_batch_size", "multiple_of", "ffn_dim_multiplier"}
 _KNOWN = _WIDTHS | _ROTARY | _LIMITS
 _NEEDED = {"dim", "n_layers", "n_heads"}
+_MAX_SETTING = 1 << 31
 _FRACTIONS = {"norm_eps", "rope_theta", "rope_scaling_factor", "rope_high_freq_factor", "ffn_dim_multiplier"}
 
 # Llama 3.1 to 3.3 stretch the rotary positions of Llama 3; params.json does not say by how much, but the small models
@@ -146,7 +147,7 @@ def _is_valid(key: str, value: Any) -> bool:
         return True
     if key == "sliding_window" and isinstance(value, str):  # some releases write it as text
         return value.isdecimal() and len(value) < 10
-    return type(value) in ((int, float) if key in _FRACTIONS else (int,)) and value > 0
+    return type(value) in ((int, float) if key in _FRACTIONS else (int,)) and 0 < value < _MAX_SETTING
 
 
 def _rows(checkpoint: Checkpoint) -> dict[str, int]:
