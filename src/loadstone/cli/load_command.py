@@ -18,6 +18,8 @@ EPILOG = """[bold]Examples[/bold]
 loadstone load ./Qwen2.5-7B-Instruct
 
 loadstone load model.gguf --dtype bfloat16 --json
+
+loadstone load ./stable-diffusion-3.5-medium --subfolder text_encoder --variant fp16
 """
 
 
