@@ -116,7 +116,7 @@ def _blueprint(begun: Begun) -> Blueprint:
                 architecture=request.architecture,
                 attn_implementation=request.attn_implementation,
                 trust_remote_code=request.trust_remote_code,
-                described_in="the GGUF header" if begun.checkpoint.format is Format.GGUF else "config.json",
+                described_in=_described_in(begun),
             ),
         )
         blueprint = TransformersModel(
@@ -134,6 +134,14 @@ def _blueprint(begun: Begun) -> Blueprint:
             f"{blueprint.chosen_by} -> {described.model_class.__module__}.{blueprint.name}",
         )
     return blueprint
+
+
+def _described_in(begun: Begun) -> str:
+    if begun.checkpoint.format is Format.GGUF:
+        return "the GGUF header"
+    if begun.checkpoint.params is not None and not (begun.checkpoint.root / "config.json").exists():
+        return "params.json"
+    return "config.json"
 
 
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:

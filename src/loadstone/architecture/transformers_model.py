@@ -12,6 +12,7 @@ from loadstone.architecture import transformers as bridge
 from loadstone.architecture.blueprint import Surroundings
 from loadstone.architecture.gguf import tensor_targets
 from loadstone.architecture.keymap import Assignment, KeyMap, Part
+from loadstone.architecture.meta_llama import map_meta_keys
 from loadstone.architecture.skeleton import Slot, replace_tensors
 from loadstone.architecture.transformers_keymap import map_keys
 from loadstone.checkpoint.values import Checkpoint, Format
@@ -51,9 +52,11 @@ class TransformersModel:
         return {fqn: str(kept_dtype).removeprefix("torch.") for fqn, kept_dtype in kept.items()}
 
     def map_keys(self, module: nn.Module, around: Surroundings) -> KeyMap:
-        """transformers' conversion mapping, or the GGUF names."""
+        """transformers' conversion mapping, or the names of GGUF or of Meta's layout."""
         if around.checkpoint.format is Format.GGUF:
             return _gguf_keys(around.checkpoint, around.slots)
+        if around.checkpoint.params is not None:
+            return map_meta_keys(around.checkpoint, around.slots)
         return map_keys(module, around)
 
     def expected_missing(self, module: nn.Module, missing: set[str]) -> set[str]:

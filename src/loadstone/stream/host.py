@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from loadstone.stream.read import Batch, Fill, Reader
 
 _BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
+# A gap between tensors that is shorter costs more to step over than to bring in.
+_WORTH_SKIPPING = 1 << 16
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
@@ -59,6 +61,28 @@ def _cut_short(info: TensorInfo, found_bytes: int) -> TruncatedFile:
 def is_mappable(info: TensorInfo, dtype: str) -> bool:
     """Whether the bytes in the file are what memory must hold: same dtype, plain, contiguous, aligned."""
     return info.encoding is None and info.dtype == dtype and info.strides is None and info.is_aligned
+
+
+def stretches(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
+    """The parts of files that hold tensors, as (file, begin, end): what lies between them is not brought in.
+
+    A checkpoint of which a part is loaded, or one with optimizer states, has long stretches that nobody asks for.
+    """
+    places: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        if info.nbytes:
+            places.setdefault(info.file, []).append((info.offset, info.offset + info.nbytes))
+    found: list[tuple[Path, int, int]] = []
+    for path, spans in places.items():
+        spans.sort()
+        start, stop = spans[0]
+        for begin, end in spans:
+            if begin - stop > _WORTH_SKIPPING:
+                found.append((path, start, stop))
+                start = begin
+            stop = max(stop, end)
+        found.append((path, start, stop))
+    return found
 
 
 def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
@@ -172,9 +196,13 @@ class Ahead:
             self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
         self._batch = self.reader.submit(fills)
-        maps = {path: self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files}
-        if maps:
-            self._prefault = Prefault(maps, beside_imports="torch" not in sys.modules, observer=self.observer)
+        ranges = [
+            (path, self.maps.whole(path)[begin:end])
+            for path, begin, end in stretches(checkpoint.tensors.values())
+            if path not in self._unmapped | decoded_files
+        ]
+        if ranges:
+            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""
