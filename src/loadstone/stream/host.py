@@ -58,13 +58,14 @@ def is_mappable(info: TensorInfo, dtype: str) -> bool:
     return info.encoding is None and info.dtype == dtype and info.strides is None and info.offset % width == 0
 
 
-def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
+def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = True) -> Fill | None:
     """How to read a tensor into `destination` as `dtype`.
 
     Args:
         info: the tensor.
         dtype: torch's name of the wanted dtype.
-        destination: fresh zeroed bytes, exactly as many as the tensor takes in that dtype.
+        destination: bytes, exactly as many as the tensor takes in that dtype.
+        fresh: they are zeroed and were never touched.
 
     Returns:
         None where torch must do it: strided tensors, and casts that numpy does not have.
@@ -76,7 +77,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel = _decoder(info.encoding, dtype)
         widths = (block.block_nbytes * 8, block.block_numel * DTYPES[dtype].bits)
     else:
-        kernel = kernel_for(info.dtype, dtype, fresh=True)
+        kernel = kernel_for(info.dtype, dtype, fresh=fresh)
         widths = (DTYPES[info.dtype].bits, DTYPES[dtype].bits)
     if kernel is None:
         return None
@@ -88,6 +89,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel=kernel,
         source_bits=widths[0],
         destination_bits=widths[1],
+        fresh=fresh,
     )
 
 
