@@ -20,7 +20,7 @@ from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.side_files import CONFIG, json_text, side_files, with_dtype
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.checkpoint.write import INDEX_NAME, Shard, index_text, plan_shards
-from loadstone.errors import DestinationError, LoadstoneError
+from loadstone.errors import DestinationError, LoadstoneError, NotACheckpoint
 from loadstone.events import Observer, Recorder, ignore
 from loadstone.hardware.memory import PeakWatch, num_cores
 from loadstone.plan.choose import Choice, choose_dtype
@@ -52,6 +52,11 @@ class _Planned:
     casts: bool
     conversion: Conversion
     shards: tuple[Shard, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the weight files."""
+        return tuple(shard.name for shard in self.shards)
 
     @property
     def sources(self) -> Sources:
@@ -115,16 +120,15 @@ def convert(
     wanted = None if dtype is None else str(dtype).removeprefix("torch.")
     planned = _plan(checkpoint, wanted, max_shard_bytes, recorder)
     with PeakWatch() as watch:
-        before_bytes = watch.peak.anonymous_bytes
+        before = watch.peak
         with new_folder(place, _fingerprint(planned)) as folder:
             resumed = _fill(folder, planned, recorder)
-    weights = tuple(shard.name for shard in planned.shards)
     return ConversionReport(
         source=str(source) if isinstance(source, str | Path) else ", ".join(map(str, source)),
         format=checkpoint.format.value,
         destination=str(place),
-        files=weights,
-        side_files=tuple(name for name in sorted(folder.sums) if name not in weights),
+        files=planned.names,
+        side_files=tuple(sorted(set(folder.sums) - set(planned.names))),
         resumed=resumed,
         num_tensors=len(planned.conversion.tensors),
         num_parameters=sum(tensor.numel for tensor in planned.conversion.tensors),
@@ -133,8 +137,8 @@ def convert(
         phases=tuple(recorder.finished),
         seconds=time.perf_counter() - start,
         bound_bytes=planned.bound_bytes,
-        before_bytes=before_bytes,
-        peak_bytes=watch.peak.anonymous_bytes - before_bytes,
+        before_bytes=before.anonymous_bytes,
+        peak_bytes=watch.peak.anonymous_bytes - before.anonymous_bytes,
         notes=(*planned.conversion.notes, *_leftover_notes(place)),
     )
 
@@ -152,6 +156,10 @@ def _place(source: Source, destination: Path) -> Path:
 def _plan(checkpoint: Checkpoint, wanted: str | None, max_shard_bytes: int, recorder: Recorder) -> _Planned:
     if checkpoint.format is Format.GGUF:
         checkpoint = replace(checkpoint, config=config_from_metadata(checkpoint))
+    if not checkpoint.tensors:
+        raise NotACheckpoint(
+            f"{checkpoint.files[0].path}: expected tensors, found none; pass a file that holds weights."
+        )
     dtype = choose_dtype(checkpoint, wanted)
     casts = wanted not in _AS_STORED
     if casts:
@@ -205,7 +213,7 @@ def _fill(folder: NewFolder, planned: _Planned, recorder: Recorder) -> tuple[str
     with recorder.stage("side files") as told:
         for name, content in _side_contents(planned):
             folder.add(name, content)
-        told.text = ", ".join(sorted(set(folder.sums) - {shard.name for shard in planned.shards}))
+        told.text = ", ".join(sorted(set(folder.sums) - set(planned.names)))
     with recorder.stage("put in place"):
         folder.publish()
     return resumed

@@ -15,8 +15,12 @@ from loadstone.errors import InvalidHeader, UnsupportedFormat
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# What a token or a merge takes on its way into tokenizer.json, as Python objects and as text.
-_ENTRY_BYTES = 1024
+# Fields that a config and a generation config both have, at the values that classes have them by default.
+_GENERATION_DEFAULTS = {"output_attentions": False, "output_hidden_states": False, "use_cache": True}
+# What a token or a merge takes on its way into tokenizer.json, as Python objects and as text; and what a token takes
+# whose merges are not in the file, so that each way to cut it is weighed.
+_ENTRY_BYTES = 256
+_CUT_TOKEN_BYTES = 4096
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -26,8 +30,8 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 def vocabulary_bytes(checkpoint: Checkpoint) -> int:
     """The most memory that making the files takes, by what the header holds."""
-    lists = (checkpoint.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
-    return _ENTRY_BYTES * sum(len(entries) for entries in lists if isinstance(entries, list))
+    tokens, merges = (checkpoint.metadata.get(f"tokenizer.ggml.{name}") or () for name in ("tokens", "merges"))
+    return _ENTRY_BYTES * (len(tokens) + len(merges)) + (0 if merges else _CUT_TOKEN_BYTES * len(tokens))
 
 
 def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, bytes]]:
@@ -65,4 +69,4 @@ def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, byt
 def _generation_config(config: Any) -> dict[str, Any]:
     """What transformers makes of a config where a checkpoint has none, marked as such."""
     known = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
-    return {"_from_model_config": True, **known}
+    return {"_from_model_config": True, **known, **_GENERATION_DEFAULTS}

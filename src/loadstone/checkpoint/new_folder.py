@@ -35,12 +35,14 @@ class NewFolder:
         path: where to write.
         destination: where it will be.
         sums: the SHA-256 of each file that is finished, in hex, by name.
+        is_published: whether the folder is in its place.
     """
 
     def __init__(self, path: Path, destination: Path) -> None:
         self.path = path
         self.destination = destination
         self.sums: dict[str, str] = {}
+        self.is_published = False
 
     def resume(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
         """Keep what another process finished before it was killed, and remove what it did not.
@@ -110,6 +112,7 @@ class NewFolder:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise _exists(self.destination) from None
             raise
+        self.is_published = True
         _force(self.destination.parent)
 
 
@@ -154,19 +157,14 @@ def new_folder(destination: Path, fingerprint: str) -> Iterator[NewFolder]:
     path = destination.parent / f"{_prefix(destination)}{fingerprint}"
     _refuse_others(path, destination)
     with _locked(path, destination):
+        folder = NewFolder(path, destination)
         try:
-            yield NewFolder(path, destination)
+            yield folder
         except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            free = shutil.disk_usage(destination.parent).free
-            raise DiskFull(
-                f"{destination}: the disk was full while it was written ({error.strerror}); nothing was left on it. "
-                f"Make room ({format_bytes(free)} were free then), or choose another disk."
-            ) from error
+            raise _disk_full(destination, error) if error.errno in _FULL else error from error
         finally:
-            # After `publish` there is no such folder any more.
-            shutil.rmtree(path, ignore_errors=True)
+            if not folder.is_published:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def leftovers(destination: Path) -> tuple[Path, ...]:
@@ -183,12 +181,16 @@ def _prefix(destination: Path) -> str:
 def _refuse_others(path: Path, destination: Path) -> None:
     """Whoever writes the same destination in another way holds another folder."""
     for other in leftovers(destination):
-        if other != path:
+        if other == path:
+            continue
+        try:
             fd = os.open(other, os.O_RDONLY)
-            try:
-                _lock(fd, destination)
-            finally:
-                os.close(fd)
+        except FileNotFoundError:
+            continue
+        try:
+            _lock(fd, destination)
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -197,22 +199,35 @@ def _locked(path: Path, destination: Path) -> Iterator[None]:
     while True:
         try:
             path.mkdir(exist_ok=True)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue  # its owner has just put it in place
         except OSError as error:
+            if error.errno in _FULL:
+                raise _disk_full(destination, error) from None
             raise DestinationError(
                 f"{destination}: the folder {destination.parent} cannot be written ({error.strerror}); choose another."
             ) from None
         try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # its owner has just put it in place
+        try:
             _lock(fd, destination)
             if not _is_same(fd, path):
                 continue
-            check_destination(destination)
+            _check_again(path, destination)
             yield
             return
         finally:
             os.close(fd)
+
+
+def _check_again(path: Path, destination: Path) -> None:
+    """Another process may have been done meanwhile; what was made for nothing is removed."""
+    try:
+        check_destination(destination)
+    except DestinationError:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        raise
 
 
 def _is_same(fd: int, path: Path) -> bool:
@@ -232,6 +247,14 @@ def _lock(fd: int, destination: Path) -> None:
                 f"{destination}: another process is writing it; wait for that one, or name another folder."
             ) from None
         # A file system without locks: the rename at the end still lets only one of them win.
+
+
+def _disk_full(destination: Path, error: OSError) -> DiskFull:
+    free = shutil.disk_usage(destination.parent).free
+    return DiskFull(
+        f"{destination}: the disk was full while it was written ({error.strerror}, {format_bytes(free)} free); nothing "
+        "was left on it. Make room, or choose another disk."
+    )
 
 
 def _exists(destination: Path) -> DestinationExists:

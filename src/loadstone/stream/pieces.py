@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -230,13 +231,18 @@ class Gathered:
         offset: of the first byte in the file.
         info: the tensor.
         dtype: what it becomes.
-        elements: which of its elements, counted in the order in which they are written.
+        box: which of its elements: a range for each dimension.
     """
 
     offset: int
     info: TensorInfo
     dtype: str
-    elements: slice
+    box: tuple[slice, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it becomes."""
+        return nbytes_of(DTYPES[self.dtype], prod(side.stop - side.start for side in self.box))
 
     @property
     def alone(self) -> bool:
@@ -251,9 +257,9 @@ class Gathered:
         info = self.info
         words = _words(room.maps.bytes_of(info), info.dtype)
         strides = tuple(step * words.itemsize for step in info.strides or ())
-        picked = np.lib.stride_tricks.as_strided(words, info.shape, strides, writeable=False).flat[self.elements]
-        data = room.slot[: nbytes_of(DTYPES[self.dtype], picked.size)]
-        cast(picked.view(np.uint8), info.dtype, data, self.dtype)
+        view = np.lib.stride_tricks.as_strided(words, info.shape, strides, writeable=False)
+        data = room.slot[: self.nbytes]
+        cast(_flat(_contiguous(view[self.box])), info.dtype, data, self.dtype)
         return data
 
 
@@ -290,10 +296,29 @@ class _Packer:
 
 
 def _strided(info: TensorInfo, tensor: NewTensor, offset: int) -> Iterator[Piece]:
-    width = DTYPES[tensor.dtype].bits // 8
-    for start in range(0, info.numel, _GATHER_NUMEL):
-        elements = slice(start, min(start + _GATHER_NUMEL, info.numel))
-        yield Gathered(offset=offset + start * width, info=info, dtype=tensor.dtype, elements=elements)
+    for box in _boxes(info.shape):
+        piece = Gathered(offset=offset, info=info, dtype=tensor.dtype, box=box)
+        yield piece
+        offset += piece.nbytes
+
+
+def _boxes(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Parts of a tensor of that shape that follow one another in the order in which it is written."""
+    row_numel = prod(shape[1:])
+    if row_numel > _GATHER_NUMEL:
+        for row in range(shape[0]):
+            yield from ((slice(row, row + 1), *rest) for rest in _boxes(shape[1:]))
+        return
+    step = max(1, _GATHER_NUMEL // row_numel)
+    for start in range(0, shape[0], step):
+        yield (slice(start, min(start + step, shape[0])), *(slice(0, size) for size in shape[1:]))
+
+
+def _contiguous(array: Array) -> Array:
+    """A copy in C order, made in the order of the source first: ten times faster where that is a map of a file."""
+    order = np.argsort([-step for step in array.strides], kind="stable")
+    nearby = np.ascontiguousarray(array.transpose(order))
+    return np.ascontiguousarray(nearby.transpose(np.argsort(order)))
 
 
 def unit_bytes(info: TensorInfo, dtype: str) -> tuple[int, int]:
