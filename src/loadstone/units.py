@@ -7,7 +7,7 @@ from decimal import Decimal
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?i?b?)", re.IGNORECASE)
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?i?b?)", re.IGNORECASE | re.ASCII)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 

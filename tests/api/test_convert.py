@@ -133,6 +133,7 @@ def test_a_lone_file_takes_nothing_of_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "downloads" / "letter.txt").write_text("private")
     report = loadstone.convert(tmp_path / "downloads" / "x.safetensors", tmp_path / "downloads" / "made")
     assert report.side_files == ()
+    assert any("holds no config.json" in note for note in report.notes)
     assert torch.equal(load_file(tmp_path / "downloads" / "made" / "model.safetensors")["a"], torch.ones(3))
 
 

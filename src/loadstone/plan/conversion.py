@@ -135,6 +135,8 @@ def _notes(checkpoint: Checkpoint, dtype: str | None, roles: Roles) -> Iterable[
     if narrow:
         kind = checkpoint.tensors[narrow[0]].dtype
         yield f"{len(narrow)} tensors stay as stored, because {kind} means nothing without its scales: {_some(narrow)}"
+    if checkpoint.config is None:
+        yield f"{checkpoint.root} holds no config.json; the result has none either, so that it loads only with into="
     if code := (checkpoint.config or {}).get("auto_map"):
         yield f"config.json names code of the checkpoint's own ({', '.join(map(str, code))}), which was not copied"
     if roles.spare:
