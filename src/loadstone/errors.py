@@ -20,6 +20,10 @@
     │   └── UnknownArchitecture     no class is known for it
     ├── CheckpointMismatch          tensors and parameters do not fit together
     ├── RemoteCodeRefused           the checkpoint wants to run its own code
+    ├── DestinationError            what is asked for cannot be written there
+    │   ├── DestinationExists       something is there already
+    │   ├── DestinationBusy         another process is writing it
+    │   └── DiskFull                the disk has no room for it
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
     └── DeviceUnavailable           the device asked for is not there
 
@@ -127,6 +131,22 @@ class CheckpointMismatch(LoadstoneError):
 
 class RemoteCodeRefused(LoadstoneError):
     """The checkpoint names code of its own, and nobody asked for it to run."""
+
+
+class DestinationError(LoadstoneError):
+    """The destination cannot be written; nothing was left there."""
+
+
+class DestinationExists(DestinationError):
+    """Something is at the destination already, and nothing is ever overwritten."""
+
+
+class DestinationBusy(DestinationError):
+    """Another process is writing the same destination."""
+
+
+class DiskFull(DestinationError):
+    """The disk has no room for the result; nothing was left on it."""
 
 
 class UnsupportedDtype(LoadstoneError):

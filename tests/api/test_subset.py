@@ -51,10 +51,10 @@ def test_one_of_three_models_is_loaded_and_only_its_bytes_are_read(tmp_path: Pat
 
 def test_stretches_that_nobody_asks_for_are_not_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = three_models(tmp_path)
-    begun: list[Bytes] = []
+    begun: list[tuple[Path, Bytes]] = []
     real = prefault.Prefault
 
-    def spy(ranges: list[Bytes], **options: object) -> prefault.Prefault:
+    def spy(ranges: list[tuple[Path, Bytes]], **options: object) -> prefault.Prefault:
         begun.extend(ranges)
         return real(ranges, **options)  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ def test_stretches_that_nobody_asks_for_are_not_brought_in(tmp_path: Path, monke
     assert sum(mapped.size for _, mapped in begun) == sum(info.nbytes for info in infos)
     whole = np.fromfile(path, np.uint8)
     begin = min(info.offset for info in infos)
-    assert bytes(begun[0][:64]) == whole[begin : begin + 64].tobytes()
+    assert bytes(begun[0][1][:64]) == whole[begin : begin + 64].tobytes()
     assert isinstance(model, nn.Linear)
 
 

@@ -21,7 +21,7 @@ from loadstone.events import BytesMoved, Observer
 STAGE = "download"
 
 # What a model needs beside its weights: configs, tokenizers, templates, licences.
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 _CODE_FILES = "*.py"
 
 
@@ -99,7 +99,7 @@ def _wanted(repo_id: str, sizes: dict[str, int], access: HubAccess, excerpt: Exc
             repo_id, folder + weights[0], revision=access.revision, cache_dir=access.cache_dir, token=access.token
         )
         weights += read_index(Path(index)).shards
-    patterns = (*_SIDE_FILES, _CODE_FILES) if access.trust_remote_code else _SIDE_FILES
+    patterns = (*SIDE_FILES, _CODE_FILES) if access.trust_remote_code else SIDE_FILES
     beside = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)]
     return [folder + name for name in (*weights, *beside)]
 

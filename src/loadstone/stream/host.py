@@ -85,13 +85,14 @@ def stretches(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
     return found
 
 
-def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
+def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = True) -> Fill | None:
     """How to read a tensor into `destination` as `dtype`.
 
     Args:
         info: the tensor.
         dtype: torch's name of the wanted dtype.
-        destination: fresh zeroed bytes, exactly as many as the tensor takes in that dtype.
+        destination: bytes, exactly as many as the tensor takes in that dtype.
+        fresh: they are zeroed and were never touched.
 
     Returns:
         None where torch must do it: strided tensors, and casts that numpy does not have.
@@ -103,7 +104,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel = _decoder(info.encoding, dtype)
         widths = (block.block_nbytes * 8, block.block_numel * DTYPES[dtype].bits)
     else:
-        kernel = kernel_for(info.dtype, dtype, fresh=True)
+        kernel = kernel_for(info.dtype, dtype, fresh=fresh)
         widths = (DTYPES[info.dtype].bits, DTYPES[dtype].bits)
     if kernel is None:
         return None
@@ -115,6 +116,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel=kernel,
         source_bits=widths[0],
         destination_bits=widths[1],
+        fresh=fresh,
     )
 
 
