@@ -41,7 +41,7 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path:
 
 def test_what_numpy_cannot_cast_is_left_to_torch(tmp_path: Path) -> None:
     assert fill_for(info(tmp_path, strides=(2,)), "bfloat16", np.empty(0, np.uint8)) is None
-    assert fill_for(info(tmp_path, dtype="float8_e4m3fn"), "bfloat16", np.empty(0, np.uint8)) is None
+    assert fill_for(info(tmp_path), "float8_e4m3fn", np.empty(0, np.uint8)) is None
 
 
 def test_ahead_casts_at_once_and_leaves_experts_to_the_key_map(tmp_path: Path) -> None:
