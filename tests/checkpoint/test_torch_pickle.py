@@ -75,6 +75,7 @@ def zoo() -> dict[str, torch.Tensor]:
         "uint16": torch.arange(6).to(torch.uint16),
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 7),
+        "rows of nothing": torch.empty(4, 0, 5)[1:],
         "one_row": torch.randn(1, 4).as_strided((1, 4), (99, 1)),
     }
 

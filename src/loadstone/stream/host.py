@@ -153,6 +153,8 @@ class Ahead:
             dtype = wanted_dtype(info)
             if self.is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
                 continue
+            if info.strides is not None:
+                continue
             # Tied tensors of torch pickles are the same bytes under several names.
             place = (info.file, info.offset, info.nbytes, dtype)
             if place not in places:
