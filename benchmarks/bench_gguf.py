@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -252,18 +252,21 @@ def report_formats(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
     table = Table(title="GB of float32 a second, medians; in brackets times gguf-py")
     for column in ("format", "gguf-py", "load", "1 thread", "all cores", "bits"):
         table.add_column(column)
-    ratios = {}
+    ratios, loads = {}, {}
     for name, of_format in runs.items():
         rate = {key: of_format[0]["nbytes"] / 1e9 / harness.median(of_format, key) for key in
                 ("gguf_py_s", "load_s", "one_thread_s", "all_cores_s")}  # fmt: skip
         times = {key: 1 / statistics.median(run[key] / run["gguf_py_s"] for run in of_format) for key in rate}
-        ratios[name] = times["load_s"]
+        ratios[name] = times["all_cores_s"]
+        loads[name] = times["load_s"]
         ours = [f"{rate[key]:.2f} ({times[key]:.1f})" for key in ("load_s", "one_thread_s", "all_cores_s")]
         equal = all(run["equal"] for run in of_format)
         table.add_row(name, f"{rate['gguf_py_s']:.2f}", *ours, "equal" if equal else "DIFFER")
     Console(width=100).print(table)
-    slowest = min(ratios, key=lambda name: ratios[name])
-    goals = [harness.at_least(f"load / gguf-py, slowest of {len(ratios)} formats ({slowest})", ratios[slowest], 5)]
+    goals = []
+    for what, times_of in (("all cores, touched memory", ratios), ("load, fresh memory", loads)):
+        figure, slowest = min((times, name) for name, times in times_of.items())
+        goals.append(harness.at_least(f"{what} / gguf-py, slowest of {len(runs)} formats ({slowest})", figure, 5))
     differ = [name for name, of_format in runs.items() if not all(run["equal"] for run in of_format)]
     goals.append(f"DIFFER  {', '.join(differ)}" if differ else "equal   floats of all formats, bit by bit")
     print("\n".join(goals))
@@ -306,16 +309,23 @@ def report_peaks(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
     return lines
 
 
+def installed(peers: Sequence[str]) -> list[str]:
+    """The peers that can run here."""
+    needs = {"transformers": ("transformers", "accelerate")}
+    missing = {peer: [name for name in needs.get(peer, (peer,)) if util.find_spec(name) is None] for peer in peers}
+    for peer, names in missing.items():
+        if names:
+            print(f"{peer} is left out: {', '.join(names)} is not installed", file=sys.stderr)
+    return [peer for peer in peers if not missing[peer]]
+
+
 def run_load(arguments: argparse.Namespace) -> dict[str, Any]:
     """The part `load`."""
-    peers = [peer for peer in arguments.peers.split(",") if util.find_spec(peer) is not None]
-    for peer in sorted(set(arguments.peers.split(",")) - set(peers)):
-        print(f"{peer} is not installed: left out", file=sys.stderr)
 
     def run(peer: str) -> dict[str, Any]:
         return harness.run_child(__file__, str(arguments.path), "--peer", peer, "--dtype", arguments.dtype)
 
-    runs = harness.in_turn(peers, arguments.repeats, run)
+    runs = harness.in_turn(installed(arguments.peers.split(",")), arguments.repeats, run)
     return {"file": arguments.path.name, "dtype": arguments.dtype, "goals": report(runs), "peers": runs}
 
 
@@ -334,7 +344,7 @@ def run_peaks(arguments: argparse.Namespace) -> dict[str, Any]:
         def run(peer: str, dtype: str = dtype) -> dict[str, Any]:
             return harness.run_child(__file__, str(arguments.path), "--peak", peer, "--dtype", dtype)
 
-        runs[dtype] = harness.in_turn(("loadstone", "transformers"), arguments.repeats, run)
+        runs[dtype] = harness.in_turn(installed(("loadstone", "transformers")), arguments.repeats, run)
     return {"peaks": {"figures": report_peaks(runs), "runs": runs}}
 
 
