@@ -238,8 +238,9 @@ def _tensor_info(path: Path, name: str, tensor: TensorRef, locations: Mapping[st
     if location is None:
         raise InvalidHeader(f"{path}, tensor {name!r}: expected its storage in the file, found none; {_AGAIN}")
     itemsize = DTYPES[tensor.dtype].bits // 8
-    begin = storage.offset * DTYPES[storage.dtype].bits // 8 + tensor.offset * itemsize
     empty = 0 in tensor.shape
+    # torch counts on from the rows that a view of nothing leaves out.
+    begin = 0 if empty else storage.offset * DTYPES[storage.dtype].bits // 8 + tensor.offset * itemsize
     extent = 0 if empty else 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
     nbytes = extent * itemsize
     if begin + nbytes > location.nbytes:

@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
 from loadstone.errors import TruncatedFile
 from loadstone.events import Observer
 from loadstone.hardware.storage import storages_of
-from loadstone.stream.convert import Kernel, kernel_for
+from loadstone.stream.convert import Kernel, kernel_for, through
 from loadstone.stream.dequantize import dequantize
 from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
 from loadstone.stream.prefault import Prefault
@@ -129,16 +127,14 @@ def _decoder(encoding: str, dtype: str) -> Kernel | None:
     cast = kernel_for("float32", dtype)
     if cast is None:
         return None
-    return _chain(to_float32, cast, _BLOCKS[encoding])
-
-
-def _chain(decode: Kernel, cast: Kernel, block: BlockFormat) -> Kernel:
-    def run(source: Bytes, destination: Bytes) -> None:
-        middle = np.empty(source.size // block.block_nbytes * block.block_numel * 4, np.uint8)
-        decode(source, middle)
-        cast(middle, destination)
-
-    return run
+    block = _BLOCKS[encoding]
+    return through(
+        to_float32,
+        cast,
+        source=block.block_nbytes,
+        middle=4 * block.block_numel,
+        destination=block.block_numel * DTYPES[dtype].bits // 8,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +181,8 @@ class Ahead:
         for info in checkpoint.tensors.values():
             dtype = wanted_dtype(info)
             if self.is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
+                continue
+            if info.strides is not None:
                 continue
             # Tied tensors of torch pickles are the same bytes under several names.
             place = (info.file, info.offset, info.nbytes, dtype)
