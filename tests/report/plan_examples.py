@@ -106,15 +106,15 @@ def laptop_gpu(label: str = "") -> Plan:
         placements=placements,
         devices=(
             _device("cuda:0", "NVIDIA GeForce RTX 4060 Laptop GPU", 7600 * MB, placements, gpu),
-            _device(HOST, "16 GB RAM", 12 * GB, placements, host, level=610 * MB),
+            _device(HOST, "16 GB RAM", 10 * GB, placements, host, level=610 * MB),
         ),
-        prediction=_prediction(6.1, _pass(512, 0.98, 0.66, "compute"), _pass(1, 0.024, 0.655, "link")),
+        prediction=_prediction(4.8, _pass(512, 0.46, 0.655, "link"), _pass(1, 0.078, 0.655, "link")),
         num_slots=2,
         reasons=(
             "The model takes 15.2 GB in bfloat16 and cuda:0 has 7.60 GB, so 12 of 28 blocks stay there and 16 are "
             "brought in for each token.",
             "Streamed blocks stand between resident ones, so that the next one travels while this one computes.",
-            "14 of them wait in RAM; the other 2 are read from disk, because the budget of the host is 12.0 GB.",
+            "14 of them wait in RAM; the other 2 are read from disk, because the budget of the host is 10.0 GB.",
             "Embedding and head compute on the host, where their tables are used as they lie in the files: the head "
             "would take the place of two blocks on the GPU.",
             "Two slots are enough: the link is the bottleneck, and a third would cost another resident block.",
@@ -139,7 +139,7 @@ def laptop_disk() -> Plan:
         run=Run(),
         dtype="bfloat16",
         placements=placements,
-        devices=(_device(HOST, "Intel Core i5-1135G7", 14 * GB, placements, host, level=480 * MB),),
+        devices=(_device(HOST, "Intel Core i5-1135G7", 13 * GB, placements, host, level=480 * MB),),
         prediction=_prediction(8.4, _pass(512, 21.5, 3.2, "compute"), _pass(1, 0.33, 2.66, "disk"), measured=False),
         num_slots=3,
         reasons=("10 of 28 blocks do not fit in memory beside the others and are read from disk for each token.",),
@@ -180,7 +180,7 @@ def resident() -> Plan:
 
 
 def mixture() -> Plan:
-    """Qwen3-30B-A3B on one GPU of 24 GB: 32 of 128 experts of each block on it, the others in RAM, the last on disk."""
+    """Qwen3-30B-A3B with 20 GB of a GPU: 32 of 128 experts of each block on it, the others in RAM, a few on disk."""
     placements = [_unit("model.embed_tokens", UnitKind.EMBEDDING, 0, 622 * MB, "cuda:0")]
     for i in range(48):
         placements.append(_unit(f"model.layers.{i}", UnitKind.BLOCK, i + 1, 38 * MB, "cuda:0"))
@@ -198,8 +198,8 @@ def mixture() -> Plan:
         dtype="bfloat16",
         placements=tuple(placements),
         devices=(
-            _device("cuda:0", "NVIDIA GeForce RTX 4090", 22 * GB, placements, gpu),
-            _device(HOST, "64 GB RAM", 56 * GB, placements, Reservation(workspace_bytes=512 * MB), level=600 * MB),
+            _device("cuda:0", "NVIDIA GeForce RTX 4090", 20 * GB, placements, gpu),
+            _device(HOST, "64 GB RAM", 44 * GB, placements, Reservation(workspace_bytes=512 * MB), level=600 * MB),
         ),
         prediction=_prediction(22, _pass(512, 1.1, 2.2, "link"), _pass(1, 0.02, 0.11, "link")),
         num_slots=128,

@@ -255,7 +255,9 @@ def _alternatives(plans: Sequence[Plan]) -> Markup:
         )
         for plan in plans
     )
-    return _table("Alternatives", ("what changes", "peak per device", "first token after", "tokens/s"), rows)
+    return _table(
+        "Instead of the plan above", ("what changes", "peak per device", "first token after", "tokens/s"), rows
+    )
 
 
 def _tables(plan: Plan, cells: Sequence[Cell]) -> Markup:

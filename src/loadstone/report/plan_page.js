@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const ROWS_AT_ONCE = 300;
+  const ROWS_AT_ONCE = 120;
   const data = JSON.parse(document.getElementById("tensors").textContent);
   const strip = document.getElementById("strip");
   const cells = [...strip.querySelectorAll(".cell")];
