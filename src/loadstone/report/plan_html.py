@@ -271,16 +271,6 @@ def _tables(plan: Plan, cells: Sequence[Cell]) -> Markup:
         )
         for device in plan.devices
     )
-    layers = (
-        (
-            _name(cell),
-            ", ".join(f"{kind.value} {format_bytes(nbytes)}" for kind, nbytes in cell.bytes_by_residence.items()),
-            cell.compute,
-            _dtypes(cell.placements),
-            format_bytes(cell.moved_bytes),
-        )
-        for cell in cells
-    )
     passes = (
         (
             _PASSES[name],
@@ -297,7 +287,12 @@ def _tables(plan: Plan, cells: Sequence[Cell]) -> Markup:
         None,
         element("summary", None, "Show the tables"),
         _table("Memory", ("device", "parts", "peak", "budget"), memory),
-        _table("Layers", ("unit", "where", "computed on", "dtype", "moved in each pass"), layers),
-        _table("Passes", ("pass", "tokens", "compute", "transfer", "time", "waits for"), passes),
+        _table("Layers", ("unit", "where", "computed on", "dtype", "moved in each pass"), map(_layer_row, cells)),
+        _table("Passes", ("pass", "tokens", "compute", "transfer", "time", "limit"), passes),
     )
     return _section("The same in tables", details)
+
+
+def _layer_row(cell: Cell) -> tuple[str, ...]:
+    places = (f"{kind.value} {format_bytes(nbytes)}" for kind, nbytes in cell.bytes_by_residence.items())
+    return _name(cell), ", ".join(places), cell.compute, _dtypes(cell.placements), format_bytes(cell.moved_bytes)

@@ -6,6 +6,7 @@ Colours and patterns are classes, which the page's style sheet gives a meaning, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from loadstone.plan.values import DevicePlan, Pass, UnitKind
@@ -108,6 +109,44 @@ def _piece(start: float, share: float, kind: str, tooltip: str, text: str | None
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Grid:
+    """Where the cells of the strip lie: heights in pixels, widths in per cent.
+
+    Attributes:
+        lines: how many times the strip is cut.
+        per_line: the places of a line.
+        rows: 2 where there are experts.
+        has_lane: whether the devices are written below.
+    """
+
+    lines: int
+    per_line: int
+    rows: int
+    has_lane: bool
+
+    @property
+    def line_height(self) -> int:
+        lane = _DEVICE_HEIGHT if self.has_lane else 0
+        return _LABEL_HEIGHT + self.rows * _CELL_HEIGHT + lane + _LINE_GAP
+
+    def box(self, place: int, num_places: int, top: int, height: int) -> dict[str, object]:
+        """Neighbouring places of one line."""
+        x, width = (f"{100 * places / self.per_line:.3f}%" for places in (place, num_places))
+        return {"x": x, "y": top, "width": width, "height": height}
+
+
+def _grid(cells: Sequence[Cell]) -> _Grid:
+    columns = max((cell.column for cell in cells), default=0) + 1
+    lines = -(-columns // _MOST_PER_LINE)
+    return _Grid(
+        lines=lines,
+        per_line=-(-columns // lines),
+        rows=2 if any(cell.kind is UnitKind.EXPERT for cell in cells) else 1,
+        has_lane=len({cell.compute for cell in cells}) > 1,
+    )
+
+
 def strip(cells: Sequence[Cell], descriptions: Sequence[str]) -> Markup:
     """The layers in execution order, those of a line beside each other; experts are a second row.
 
@@ -118,39 +157,25 @@ def strip(cells: Sequence[Cell], descriptions: Sequence[str]) -> Markup:
     Returns:
         A listbox: its options are focusable one at a time (the page's script moves the focus).
     """
-    columns = max((cell.column for cell in cells), default=-1) + 1
-    lines = max(1, -(-columns // _MOST_PER_LINE))
-    per_line = max(1, -(-columns // lines))
-    rows = 2 if any(cell.kind is UnitKind.EXPERT for cell in cells) else 1
-    lanes = len({cell.compute for cell in cells}) > 1
-    line_height = _LABEL_HEIGHT + rows * _CELL_HEIGHT + (_DEVICE_HEIGHT if lanes else 0) + _LINE_GAP
+    grid = _grid(cells)
     drawn = []
     for index, (cell, words) in enumerate(zip(cells, descriptions, strict=True)):
-        line, place = divmod(cell.column, per_line)
-        row = int(cell.kind is UnitKind.EXPERT)
-        top = line * line_height + _LABEL_HEIGHT + row * _CELL_HEIGHT
-        box = {
-            "x": f"{100 * place / per_line:.3f}%",
-            "y": top,
-            "width": f"{100 / per_line:.3f}%",
-            "height": _CELL_HEIGHT,
-        }
+        line, place = divmod(cell.column, grid.per_line)
+        row, top = int(cell.kind is UnitKind.EXPERT), line * grid.line_height
         if row == 0 or cells[index - 1].column != cell.column:
-            drawn.append(
-                _cell_label(cell, {**box, "y": top - row * _CELL_HEIGHT - _LABEL_HEIGHT, "height": _LABEL_HEIGHT})
-            )
+            drawn.append(_cell_label(cell, grid.box(place, 1, top, _LABEL_HEIGHT)))
+        box = grid.box(place, 1, top + _LABEL_HEIGHT + row * _CELL_HEIGHT, _CELL_HEIGHT)
         drawn.append(_option(index, cell, words, box))
-    if lanes:
-        bottom = _LABEL_HEIGHT + rows * _CELL_HEIGHT
-        drawn += [_device_lane(cells, line, per_line, line * line_height + bottom) for line in range(lines)]
+    if grid.has_lane:
+        drawn += [_device_lane(cells, grid, line) for line in range(grid.lines)]
     attributes = {
         "id": "strip",
         "class": "strip",
         "role": "listbox",
         "aria-label": "Layers in execution order; arrow keys move, Enter keeps the details open",
         "aria-orientation": "horizontal",
-        "height": lines * line_height - _LINE_GAP,
-        "data-per-line": per_line,
+        "height": grid.lines * grid.line_height - _LINE_GAP,
+        "data-per-line": grid.per_line,
     }
     return element("svg", attributes, *drawn)
 
@@ -186,15 +211,16 @@ def _option(index: int, cell: Cell, words: str, box: Mapping[str, object]) -> Ma
     return element("g", attributes, element("title", None, words), element("svg", box, *portions, gap, ring))
 
 
-def _device_lane(cells: Sequence[Cell], line: int, per_line: int, top: int) -> Markup:
+def _device_lane(cells: Sequence[Cell], grid: _Grid, line: int) -> Markup:
     """Which device computes, as brackets under runs of cells."""
-    by_column = {cell.column: cell.compute for cell in cells if cell.column // per_line == line}
+    top = line * grid.line_height + _LABEL_HEIGHT + grid.rows * _CELL_HEIGHT
+    by_column = {cell.column: cell.compute for cell in cells if cell.column // grid.per_line == line}
     runs = []
     for device, run in groupby(sorted(by_column.items()), key=lambda item: item[1]):
-        places = [column % per_line for column, _ in run]
-        share = 100 * len(places) / per_line
-        text = element("text", {"x": "50%", "y": 19}, device) if share >= 1.1 * len(device) else Markup()
+        places = [column % grid.per_line for column, _ in run]
+        has_room = 100 * len(places) / grid.per_line >= 1.1 * len(device)
+        text = element("text", {"x": "50%", "y": 19}, device) if has_room else Markup()
         bracket = element("line", {"x1": 4, "x2": "100%", "y1": 4, "y2": 4})
-        box = {"x": f"{100 * places[0] / per_line:.3f}%", "y": top, "width": f"{share:.3f}%", "height": _DEVICE_HEIGHT}
+        box = grid.box(places[0], len(places), top, _DEVICE_HEIGHT)
         runs.append(element("svg", box, element("title", None, f"computed on {device}"), bracket, text))
     return element("g", {"class": "lane", "aria-hidden": "true"}, join(runs))
