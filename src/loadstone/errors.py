@@ -21,7 +21,8 @@
     ├── CheckpointMismatch          tensors and parameters do not fit together
     ├── RemoteCodeRefused           the checkpoint wants to run its own code
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
-    └── DeviceUnavailable           the device asked for is not there
+    ├── DeviceUnavailable           the device asked for is not there
+    └── InvalidMachine              no machine of that name, or a machine file that cannot be used
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
 `ValueError` or `TypeError`.
@@ -135,3 +136,7 @@ class UnsupportedDtype(LoadstoneError):
 
 class DeviceUnavailable(LoadstoneError):
     """The device that was asked for is not on this machine."""
+
+
+class InvalidMachine(LoadstoneError):
+    """There is no machine of that name, or the file describes none that can be."""

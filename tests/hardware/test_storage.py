@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.hardware import storage
+from loadstone.hardware import mounts, storage
 from loadstone.hardware.storage import Storage, storage_of, storages_of
 
 MOUNTS = """22 27 0:21 / /proc rw,relatime - proc proc rw
@@ -28,7 +28,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "block").mkdir()
     (tmp_path / "block/8:17").symlink_to(tmp_path / "pci0/sdb/sdb1")
     (tmp_path / "block/254:0").symlink_to(tmp_path / "virtio1/vda")
-    monkeypatch.setattr(storage, "_MOUNTINFO", tmp_path / "mountinfo")
+    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
     monkeypatch.setattr(storage, "_BLOCK_DEVICES", tmp_path / "block")
 
 
