@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
+_FLOPS = ("FLOPS", "kFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
 
 
 def format_bytes(nbytes: float) -> str:
@@ -19,6 +20,11 @@ def format_count(count: float) -> str:
 def format_rate(bytes_per_s: float) -> str:
     """A rate: `1.75 GB/s`."""
     return f"{format_bytes(bytes_per_s)}/s"
+
+
+def format_flops(flops_per_s: float) -> str:
+    """Floating-point operations per second: `312 TFLOPS`."""
+    return _scaled(flops_per_s, _FLOPS, " ")
 
 
 def format_seconds(seconds: float) -> str:
