@@ -143,6 +143,17 @@ def test_of_two_mounts_the_one_that_shows_more_counts(tmp_path: Path, monkeypatc
     assert [limit for _, limit, _ in found()] == [900, 500]
 
 
+def test_a_mount_hides_those_that_were_there_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_groups.pretend(
+        monkeypatch,
+        tmp_path,
+        lines="5:memory:/docker/abc/inner\n",
+        mounted=V1.format(root="/") + V1.format(root="/docker/abc"),
+        files={"memory/inner": v1(500, 100), "memory": v1(1000, 300)},
+    )
+    assert [limit for _, limit, _ in found()] == [500, 1000]
+
+
 def test_hybrid_mounts_take_memory_from_v1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     control_groups.pretend(
         monkeypatch,

@@ -139,6 +139,28 @@ def test_all_that_a_plan_needs_is_measured_and_later_found(tmp_path: Path, monke
     assert measured.with_known_devices(MACHINE, tmp_path / "cache").devices == found.devices
 
 
+@pytest.mark.usefixtures("small")
+def test_what_cannot_be_measured_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: Device) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def read_only(_: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(measure_compute, "measure_link", full)
+    monkeypatch.setattr(measure, "_write_sample", read_only)
+    found = measure.measure_machine(MACHINE, tmp_path / "model", tmp_path / "cache")
+    assert "cuda:0 was not measured, free its memory and try again: CUDA out of memory" in caplog.text
+    assert "its disk was not measured, name a model there with --model: [Errno 30]" in caplog.text
+    assert found.devices[0] == GPU
+    assert found.host.compute.keys() == {"float32", "bfloat16", "float16"}
+    assert found.rates.disk_bytes_per_s is found.rates.cached_bytes_per_s is None
+    assert found.rates.copy_bytes_per_s
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def test_measures_of_another_machine_or_torch_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured.remember_devices(MACHINE, {"cpu": MeasuredDevice(compute={"float32": RATE})}, tmp_path)
     assert measured.with_known_devices(MACHINE, tmp_path).host.compute == {"float32": RATE}

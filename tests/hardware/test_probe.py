@@ -269,7 +269,7 @@ def test_a_mac_tells_by_sysctl(monkeypatch: pytest.MonkeyPatch) -> None:
         size._obj.value = len(value)  # type: ignore[attr-defined]
         return 0
 
-    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda _: SimpleNamespace(sysctlbyname=sysctlbyname))
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(sysctlbyname=sysctlbyname))
     monkeypatch.setattr(sys, "platform", "darwin")
     found = cpu.cpu()
     assert (found.name, found.features) == ("Apple M3", ("neon", "bf16"))

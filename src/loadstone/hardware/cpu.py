@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import sys
 from pathlib import Path
 
@@ -36,8 +34,13 @@ _SYSCTLS = {
 def cpu() -> Cpu:
     """Ask the kernel; what it does not tell is left out."""
     name, features = _from_sysctl() if sys.platform == "darwin" else _from_cpuinfo()
-    # platform.processor() would start a process to ask.
-    return Cpu(name=name or platform.machine(), num_cores=num_cores(), features=features)
+    return Cpu(name=name or _machine(), num_cores=num_cores(), features=features)
+
+
+def _machine() -> str:
+    import platform  # seldom needed, and slow to import
+
+    return platform.machine()  # platform.processor() would start a process to ask
 
 
 def _from_cpuinfo() -> tuple[str, tuple[str, ...]]:
@@ -65,6 +68,8 @@ def _from_sysctl() -> tuple[str, tuple[str, ...]]:
 
 def _sysctl(name: str) -> bytes:
     """The raw value of a name, without starting a process; empty where there is none."""
+    import ctypes  # Linux does without, and starts sooner
+
     libc = ctypes.CDLL(None)
     size = ctypes.c_size_t(256)
     buffer = ctypes.create_string_buffer(size.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import types
@@ -50,6 +49,8 @@ def from_plain(kind: type[_Value], value: Any, where: str) -> _Value:
     required = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]  # type: ignore[arg-type]
     for name in given:
         if name not in hints:
+            import difflib  # a file without faults is read sooner
+
             close = difflib.get_close_matches(name, hints, n=1)
             meant = f'; did you mean "{close[0]}"?' if close else f"; {ADVICE}."
             raise InvalidMachine(f'{where}: expected the fields {", ".join(hints)}, found "{name}"{meant}')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from pathlib import Path
@@ -97,6 +96,8 @@ def find_machine(name_or_path: str | Path) -> Machine:
     path = local_path(name_or_path)
     if path.exists():
         return read_machine(path)
+    import difflib  # a machine that is found is read sooner
+
     close = difflib.get_close_matches(path.name.removesuffix(".json"), gallery(), n=1, cutoff=0.4)
     meant = f'; did you mean "{close[0]}"?' if close else "."
     names = ", ".join(gallery())

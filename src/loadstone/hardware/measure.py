@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from loadstone.hardware.measured import (
     with_measures,
 )
 from loadstone.hardware.memory import num_cores
-from loadstone.hardware.spec import Machine, Rates
+from loadstone.hardware.spec import Device, Machine, Rates
 from loadstone.hardware.storage import existing_parent
 
 _CHUNK_BYTES = 4 << 20
@@ -29,6 +31,8 @@ _DISK_BYTES = 256 << 20
 _MEMORY_BYTES = 256 << 20
 _DISK_THREADS = 8
 _AT_MOST_S = 0.8  # for writing a sample, and for reading from a slow disk
+
+_log = logging.getLogger("loadstone.hardware")
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -50,11 +54,11 @@ def measure(path: Path, cache: Path) -> Rates:
     return rates
 
 
-def measure_rates(path: Path) -> Rates:
-    """The same, measured now."""
+def measure_rates(path: Path | None) -> Rates:
+    """The same, measured now; without a file only the memory's."""
     return Rates(
-        disk_bytes_per_s=_read_rate(path, os.O_RDONLY | _DIRECT, _DISK_THREADS) if _DIRECT else None,
-        cached_bytes_per_s=_cached_rate(path),
+        disk_bytes_per_s=_read_rate(path, os.O_RDONLY | _DIRECT, _DISK_THREADS) if path and _DIRECT else None,
+        cached_bytes_per_s=None if path is None else _cached_rate(path),
         copy_bytes_per_s=_memory_rate(1),
         touch_bytes_per_s=_memory_rate(0),
     )
@@ -71,30 +75,30 @@ def measure_machine(machine: Machine, folder: Path, cache: Path) -> Machine:
 
     Returns:
         The machine with its rates.
-
-    Raises:
-        OSError: there is no large file, and none can be written.
     """
-    from dataclasses import replace
-
-    from loadstone.hardware.measure_compute import measure_compute, measure_link
-
     with _sample(folder) as path:
         rates = measure_rates(path)
-    remember_rates(rates, folder, cache)
-    measures = {
-        device.id: MeasuredDevice(
-            compute=measure_compute(device), link_bytes_per_s=None if device.kind == "cpu" else measure_link(device)
-        )
-        for device in machine.devices
-    }
+    if path is not None:  # half of it should not stand for all of it later
+        remember_rates(rates, folder, cache)
+    measures = {device.id: _measure_device(device) for device in machine.devices}
     remember_devices(machine, measures, cache)
     return with_measures(replace(machine, rates=rates), measures)
 
 
+def _measure_device(device: Device) -> MeasuredDevice:
+    from loadstone.hardware import measure_compute  # it imports torch
+
+    try:
+        link = None if device.kind == "cpu" else measure_compute.measure_link(device)
+        return MeasuredDevice(compute=measure_compute.measure_compute(device), link_bytes_per_s=link)
+    except RuntimeError as error:  # torch's word for memory that is full, too
+        _log.warning("%s was not measured, free its memory and try again: %s", device.id, error)
+        return MeasuredDevice()
+
+
 @contextlib.contextmanager
-def _sample(folder: Path) -> Iterator[Path]:
-    """A file to read: the largest of the folder, or one that is written there and taken away."""
+def _sample(folder: Path) -> Iterator[Path | None]:
+    """A file to read: the largest of the folder, or one that is written there and taken away; None if it cannot be."""
     if folder.is_file():
         yield folder
         return
@@ -103,9 +107,15 @@ def _sample(folder: Path) -> Iterator[Path]:
     if largest is not None and largest.stat().st_size >= _DISK_BYTES:
         yield largest
         return
-    with tempfile.TemporaryDirectory(dir=existing_parent(folder), prefix=".loadstone-") as made:
-        path = Path(made) / "sample"
-        _write_sample(path)
+    with contextlib.ExitStack() as stack:
+        path = None
+        try:
+            made = tempfile.TemporaryDirectory(dir=existing_parent(folder), prefix=".loadstone-")
+            path = Path(stack.enter_context(made)) / "sample"
+            _write_sample(path)
+        except OSError as error:
+            _log.warning("%s: its disk was not measured, name a model there with --model: %s", folder, error)
+            path = None
         yield path
 
 

@@ -39,6 +39,10 @@ def measure_compute(device: Device) -> Mapping[str, ComputeRate]:
             found[name] = _rate(weights.view(getattr(torch, name)).view(-1, _OUT, _IN))
         except (RuntimeError, TypeError):  # how torch says that a device lacks a dtype
             continue
+    del weights
+    release = getattr(torch.get_device_module(device.id), "empty_cache", None)
+    if release is not None:
+        release()
     return found
 
 

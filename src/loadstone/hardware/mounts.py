@@ -31,7 +31,7 @@ class Mount:
 
 
 def mounts() -> list[Mount]:
-    """All mounts, in the kernel's order; none where the kernel does not tell.
+    """All mounts that can be seen, in the kernel's order; none where the kernel does not tell.
 
     Source: https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
     """
@@ -39,21 +39,21 @@ def mounts() -> list[Mount]:
         lines = MOUNTINFO.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
-    found = []
+    found: dict[Path, Mount] = {}
     for line in lines:
         fields, _, described = line.partition(" - ")
         _, _, number, root, point, *_ = fields.split(" ")
         kind, _, options = described.split(" ", 2)
-        found.append(
-            Mount(
-                number=number,
-                root=_unescaped(root),
-                point=Path(_unescaped(point)),
-                kind=kind,
-                options=frozenset(options.split(",")),
-            )
+        mount = Mount(
+            number=number,
+            root=_unescaped(root),
+            point=Path(_unescaped(point)),
+            kind=kind,
+            options=frozenset(options.split(",")),
         )
-    return found
+        found.pop(mount.point, None)  # a later mount hides an earlier one at the same place
+        found[mount.point] = mount
+    return list(found.values())
 
 
 def _unescaped(text: str) -> str:

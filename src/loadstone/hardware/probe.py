@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from loadstone.hardware.memory import host_limits, host_memory
 from loadstone.hardware.spec import Cpu, Device, Machine, Rates
 from loadstone.hardware.storage import disk_under
 from loadstone.hardware.torch_build import torch_build
-
-_log = logging.getLogger("loadstone.hardware")
 
 # The files that drivers make, by what torch must have been built for to use them.
 _DRIVERS = {"cuda": ("/dev/nvidiactl", "/dev/dxg"), "hip": ("/dev/kfd", "/dev/dxg"), "xpu": ("/dev/dri", "/dev/dxg")}
@@ -133,7 +130,10 @@ def _accelerators(processor: Cpu, host: Device) -> Iterator[Device]:
             try:
                 free, total = backend.memory(module, index)
             except RuntimeError as error:  # a GPU that others hold alone, or that is broken
-                _log.warning("%s:%d is left out, because torch cannot use it: %s", kind, index, error)
+                import logging
+
+                log = logging.getLogger("loadstone.hardware")
+                log.warning("%s:%d is left out, because torch cannot use it: %s", kind, index, error)
                 continue
             name = backend.name(module, index)
             yield Device(

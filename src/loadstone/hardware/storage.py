@@ -5,7 +5,6 @@ Asked of the kernel, never guessed from names of paths; where the kernel does no
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from collections.abc import Iterable
@@ -85,15 +84,16 @@ def disk_under(folder: Path) -> Disk | None:
     """What a folder lies on, or will when it is made; None where that cannot be asked."""
     try:
         place = existing_parent(folder)
-        storage = storage_of(place)
+        device = place.stat().st_dev
         total, free = _space(place)
     except OSError:
         return None
+    file_system = _file_system(place, device)
     return Disk(
         path=folder,
-        file_system=storage.file_system,
-        network=storage.network,
-        rotational=storage.rotational,
+        file_system=file_system,
+        network=_NETWORK.fullmatch(file_system) is not None,
+        rotational=_rotational(device),
         total_bytes=total,
         free_bytes=free,
     )
@@ -143,6 +143,8 @@ def _rotational(device: int) -> bool | None:
 
 
 def _direct_alignment(path: Path) -> int | None:
+    import ctypes  # what only asks about disks does without, and starts sooner
+
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "statx"):
         return None
