@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,34 @@ def test_products_are_measured_for_every_dtype_of_the_device(monkeypatch: pytest
     found = measure_compute.measure_compute(HOST)
     assert found.keys() == {"float32", "float16"}
     assert all(rate.weight_bytes_per_s > 0 and rate.flops_per_s > 0 for rate in found.values())
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_taken_of_a_gpu_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    module = SimpleNamespace(synchronize=lambda: calls.append("wait"), empty_cache=lambda: calls.append("release"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    measure_compute.measure_compute(HOST)
+    assert calls.count("release") == 1
+    assert calls[-1] == "release"
+    assert "wait" in calls
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("kind", "pinned"), [("cuda", True), ("xpu", True), ("mps", False)])
+def test_the_link_is_measured_from_page_locked_memory_where_there_is_such(
+    monkeypatch: pytest.MonkeyPatch, kind: str, pinned: bool
+) -> None:
+    asked = []
+
+    def ones(*shape: int, pin_memory: bool, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(pin_memory)
+        return torch.full(shape, 1, dtype=dtype)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    device = replace(HOST, kind=kind)  # its id stays the host's: the copy is a real one
+    assert measure_compute.measure_link(device) > 0
+    assert asked == [pinned]
 
 
 def test_rates_are_bytes_and_operations_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
