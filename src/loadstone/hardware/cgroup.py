@@ -33,9 +33,9 @@ _LIMITS = {
 }
 
 # Page cache counts as use, but goes when memory is needed. Pages that are locked or in tmpfs are in none of these
-# lists; pages that are dirty or being written are, and go only when the disk has them: on a fast one the kernel waits for
-# that rather than kill (measured with 60 MB), so counting them as used errs on the safe side. v1's own figures leave out
-# the groups inside, those that begin with `total_` do not.
+# lists; pages that are dirty or being written are, and go only when the disk has them. On a fast disk the kernel waits
+# for that rather than kill (measured with 60 MB), so counting them as used errs on the safe side. v1's own figures
+# leave out the groups inside, those that begin with `total_` do not.
 _FILES = {
     1: ("total_inactive_file", "total_active_file"),
     2: ("inactive_file", "active_file", "slab_reclaimable"),
