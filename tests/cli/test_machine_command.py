@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_this_machine_is_shown_with_its_memory_and_limits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Limit(what="cgroup v2 /box memory.max", limit_bytes=4 * 10**9, used_bytes=10**9)
     monkeypatch.setattr("loadstone.hardware.probe.host_limits", lambda: (limit,))
-    monkeypatch.setattr("loadstone.hardware.probe.host_memory", lambda: (4 * 10**9, 3 * 10**9))
+    monkeypatch.setattr("loadstone.hardware.probe.host_memory", lambda _: (4 * 10**9, 3 * 10**9))
     code, out, _ = run(width=120)
     assert code == 0
     assert "█████░░░░░░░░░░░░░░░ 3.00 GB of 4.00 GB" in out

@@ -118,7 +118,7 @@ def test_xpu_is_told_also_by_a_torch_that_does_not_know_what_is_free(monkeypatch
 
 
 def test_mps_is_one_device_that_takes_from_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "host_memory", lambda: (16000, 500))
+    monkeypatch.setattr(probe, "host_memory", lambda _: (16000, 500))
     module = SimpleNamespace(
         is_available=lambda: True, recommended_max_memory=lambda: 10000, driver_allocated_memory=lambda: 2000
     )

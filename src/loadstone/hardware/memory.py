@@ -6,7 +6,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +80,14 @@ class PeakWatch:
         )
 
 
-def host_memory() -> tuple[int, int]:
-    """Total and free bytes that this process may use: the machine's, or what a limit leaves where that is less."""
+def host_memory(limits: Iterable[Limit] | None = None) -> tuple[int, int]:
+    """Total and free bytes that this process may use: the machine's, or what a limit leaves where that is less.
+
+    Args:
+        limits: those of `host_limits()`, where they were asked for already.
+    """
     total, free = _machine_memory()
-    for limit in host_limits():
+    for limit in host_limits() if limits is None else limits:
         total, free = min(total, limit.limit_bytes), min(free, limit.free_bytes)
     return total, free
 

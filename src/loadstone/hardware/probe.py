@@ -33,7 +33,8 @@ def probe(model_folder: Path | None = None, cache_folder: Path | None = None) ->
     """
     cache = cache_folder or own_cache_folder()
     folders = [cache] if model_folder is None else [model_folder, cache]
-    total, free = host_memory()
+    limits = host_limits()
+    total, free = host_memory(limits)
     processor = cpu()
     host = Device(id="cpu", kind="cpu", name=processor.name, total_bytes=total, free_bytes=free)
     accelerators = _accelerators(processor, host) if may_have_accelerator() else ()
@@ -42,7 +43,7 @@ def probe(model_folder: Path | None = None, cache_folder: Path | None = None) ->
         cpu=processor,
         disks=tuple(disk for folder in folders if (disk := disk_under(folder)) is not None),
         rates=known_rates(folders[0], cache) or Rates(),
-        host_limits=host_limits(),
+        host_limits=limits,
     )
     return with_known_devices(machine, cache)
 
