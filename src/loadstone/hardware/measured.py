@@ -51,7 +51,10 @@ def known_rates(path: Path, cache: Path) -> Rates | None:
         path: a file or folder; where it does not exist yet, its nearest parent counts.
         cache: the folder that keeps what was measured.
     """
-    value = _read(_rates_file(path, cache))
+    try:
+        value = _read(_rates_file(path, cache))
+    except OSError:
+        return None
     if value is None or value.keys() != {rate.name for rate in fields(Rates)}:  # an older Loadstone measured less
         return None
     with contextlib.suppress(InvalidMachine):

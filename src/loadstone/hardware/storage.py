@@ -102,7 +102,13 @@ def disk_under(folder: Path) -> Disk | None:
 def existing_parent(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
     absolute = path.absolute()
-    return next((place for place in (absolute, *absolute.parents) if place.exists()), Path.cwd())
+    for place in (absolute, *absolute.parents):
+        try:
+            place.stat()
+        except OSError:  # also of a folder that one may not look into
+            continue
+        return place
+    return Path(absolute.anchor)
 
 
 def _space(path: Path) -> tuple[int, int]:
