@@ -157,10 +157,15 @@ def test_a_slow_device_is_measured_with_fewer_tokens_and_once(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("small")
-def test_all_that_a_plan_needs_is_measured_and_later_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("load", [0.5, 7.0])
+def test_all_that_a_plan_needs_is_measured_and_later_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, load: float
+) -> None:
     monkeypatch.setattr(measure_compute, "measure_compute", lambda device: {"float32": RATE} if device is HOST else {})
     monkeypatch.setattr(measure_compute, "measure_link", lambda _: 2e10)
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (load, 0.0, 0.0))
     found = measure.measure_machine(MACHINE, tmp_path / "model", tmp_path / "cache")
+    assert ("busy (load 7.0 on 4 cores)" in caplog.text) == (load > 4)
     assert found.rates.copy_bytes_per_s
     assert [device.compute for device in found.devices] == [{}, {"float32": RATE}]
     assert [device.link_bytes_per_s for device in found.devices] == [2e10, None]

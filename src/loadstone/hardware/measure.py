@@ -76,6 +76,14 @@ def measure_machine(machine: Machine, folder: Path, cache: Path) -> Machine:
     Returns:
         The machine with its rates.
     """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > machine.num_cores:
+        _log.warning(
+            "other programs keep this machine busy (load %.1f on %d cores), so the rates are what they leave; measure "
+            "again when it is quiet",
+            busy,
+            machine.num_cores,
+        )
     with _sample(folder) as path:
         rates = measure_rates(path)
     if path is not None:  # half of it should not stand for all of it later
