@@ -25,7 +25,8 @@
     │   ├── DestinationBusy         another process is writing it
     │   └── DiskFull                the disk has no room for it
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
-    └── DeviceUnavailable           the device asked for is not there
+    ├── DeviceUnavailable           the device asked for is not there
+    └── InvalidMachine              no machine of that name, or a machine file that cannot be used
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
 `ValueError` or `TypeError`.
@@ -155,3 +156,7 @@ class UnsupportedDtype(LoadstoneError):
 
 class DeviceUnavailable(LoadstoneError):
     """The device that was asked for is not on this machine."""
+
+
+class InvalidMachine(LoadstoneError):
+    """There is no machine of that name, or the file describes none that can be."""

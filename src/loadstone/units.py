@@ -9,6 +9,7 @@ _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?i?b?)", re.IGNORECASE | re.ASCII)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_FLOPS = ("FLOPS", "kFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
 
 
 def format_bytes(nbytes: float) -> str:
@@ -44,6 +45,11 @@ def format_count(count: float) -> str:
 def format_rate(bytes_per_s: float) -> str:
     """A rate: `1.75 GB/s`."""
     return f"{format_bytes(bytes_per_s)}/s"
+
+
+def format_flops(flops_per_s: float) -> str:
+    """Floating-point operations per second: `312 TFLOPS`."""
+    return _scaled(flops_per_s, _FLOPS, " ")
 
 
 def format_seconds(seconds: float) -> str:

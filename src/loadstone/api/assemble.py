@@ -20,9 +20,9 @@ from loadstone.architecture.skeleton import Slot, slots_of
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
-from loadstone.hardware.measure import cached
+from loadstone.hardware.measured import known_rates
 from loadstone.hardware.memory import ResidentBytes
-from loadstone.hardware.probe import machine
+from loadstone.hardware.probe import probe
 from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
@@ -147,7 +147,7 @@ def _described_in(begun: Begun) -> str:
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
-        device = choose_device(machine(), begun.request.device, nbytes)
+        device = choose_device(probe(), begun.request.device, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
 
@@ -286,7 +286,7 @@ def _reporter(
             paged_s=begun.ahead.paged_s,
             before=begun.before,
             peak=peak,
-            rates=cached(begun.checkpoint.files[0].path, cache_folder()),
+            rates=known_rates(begun.checkpoint.files[0].path, cache_folder()),
             foretold=told.foretold,
             cuda=_cuda_memory(told.device.value),
             notes=told.notes,
