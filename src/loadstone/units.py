@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
+_MAX_NAME = 100
 
 
 def format_bytes(nbytes: float) -> str:
@@ -31,6 +32,11 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
+
+
+def format_name(name: str) -> str:
+    """A name out of a file as a message shows it: quoted, control characters escaped, never a megabyte of it."""
+    return repr(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}...")
 
 
 def _scaled(value: float, units: tuple[str, ...], gap: str) -> str:

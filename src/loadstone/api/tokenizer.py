@@ -11,6 +11,7 @@ from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Format
+from loadstone.errors import InvalidHeader, UnsupportedFormat
 
 
 def load_tokenizer(
@@ -50,5 +51,8 @@ def load_tokenizer(
         from loadstone.architecture.transformers_tokenizer import load_tokenizer as load_from_folder
 
         if checkpoint.format is Format.GGUF:
-            return load_gguf_tokenizer(checkpoint.metadata)
+            try:
+                return load_gguf_tokenizer(checkpoint.metadata)
+            except (InvalidHeader, UnsupportedFormat) as error:
+                raise type(error)(f"{checkpoint.files[0].path}: {error}") from error
         return load_from_folder(checkpoint.root, trust_remote_code=trust_remote_code)

@@ -6,7 +6,8 @@ The families stand in tables (`gguf_families`, `gguf_families_other`); this file
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,11 @@ def config_from_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         UnsupportedFormat: a variant that transformers' class has no room for.
     """
     facts, family = _family(checkpoint)
+    with _contradictions_named(facts):
+        return _config(facts, family)
+
+
+def _config(facts: Facts, family: Family) -> dict[str, Any]:
     _check_block_count(facts, family)
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.model_class]}
     for key, name in family.keys.items():
@@ -61,10 +67,23 @@ def config_from_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     config["vocab_size"] = facts.shape("token_embd.weight")[0]
     config["tie_word_embeddings"] = not facts.has("output.weight")
     for name, key in _TOKEN_IDS.items():
-        config[name] = checkpoint.metadata.get(f"tokenizer.ggml.{key}")
+        config[name] = facts.checkpoint.metadata.get(f"tokenizer.ggml.{key}")
     for finish in family.finish:
         finish(facts, config)
     return config
+
+
+@contextmanager
+def _contradictions_named(facts: Facts) -> Iterator[None]:
+    """A value of another type or size than the architecture has is met by arithmetic: a named fault all the same."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InvalidConfig(
+            f"{facts.where}: expected metadata and tensors of {facts.architecture}, found values that contradict "
+            f"one another ({type(error).__name__}: {str(error)[:120]}); convert the model again with a current "
+            "llama.cpp."
+        ) from error
 
 
 def tensor_targets(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, GgufTarget]:
@@ -92,7 +111,8 @@ def tensor_targets(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[st
         is_extra = num_extra and place.index is not None and place.index >= num_blocks
         if is_extra or tensor.name.partition(".")[0] in _IN_CONFIG:
             continue
-        target = _target(tensor, place, facts, config)
+        with _contradictions_named(facts):
+            target = _target(tensor, place, facts, config)
         if target is None:
             unknown.append(tensor.name)
         else:

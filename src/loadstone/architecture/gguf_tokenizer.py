@@ -67,6 +67,9 @@ def tokenizer_json(metadata: Metadata) -> Json:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise InvalidHeader("tokenizer.ggml.tokens is missing or is not a list of strings; the file has no vocabulary.")
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
+        raise InvalidHeader(f"tokenizer.ggml.token_type must have one type for each of the {len(tokens)} tokens.")
     pieces = builder(metadata, tokens)
     empty: Json = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
     pieces.setdefault("post_processor", _template(metadata, tokens))
@@ -91,8 +94,11 @@ def tokenizer_config(metadata: Metadata) -> Json:
             config[name] = token
     if metadata.get("tokenizer.ggml.model") != "bert":
         config["add_bos_token"], config["add_eos_token"] = _adds(metadata)
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None:
+        if not isinstance(template, str):
+            raise InvalidHeader(f"tokenizer.chat_template is a {type(template).__name__}; expected a text.")
+        config["chat_template"] = template
     context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if context:
         config["model_max_length"] = context

@@ -29,7 +29,7 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged file makes of transformers and tokenizers has no common base
         reason = " ".join(str(error).split())
         raise NotACheckpoint(
             f"{root}: no tokenizer could be loaded ({reason[:300]}); put tokenizer.json there."
@@ -49,11 +49,17 @@ def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Any:
         UnsupportedFormat: a tokenizer model, or a way of splitting, that is not known.
         InvalidHeader: the metadata contradicts itself.
     """
-    content = json.dumps(tokenizer_json(metadata), ensure_ascii=False, separators=(",", ":"))
+    try:
+        content = json.dumps(tokenizer_json(metadata), ensure_ascii=False, separators=(",", ":"))
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InvalidHeader(
+            f"the tokenizer that the header describes contradicts itself ({type(error).__name__}: {str(error)[:120]}); "
+            "convert the model again with a current llama.cpp."
+        ) from error
     try:
         backend = Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exceptions
-        raise InvalidHeader(f"the tokenizer that the header describes is not consistent: {error}") from error
+        raise InvalidHeader(f"the tokenizer that the header describes is not consistent: {str(error)[:200]}") from error
     # The wrapper copies what it is given, by way of JSON: as long again as building it. Nobody else holds this one.
     vars(backend)["__deepcopy__"] = lambda memo: backend
     try:

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.errors import LoadstoneError, NotACheckpoint, SourceNotFound, TruncatedFile
-from loadstone.units import format_bytes
+from loadstone.units import format_bytes, format_name
 
 # Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md (the first line of every pointer)
 LFS_MAGIC = b"version https://git-lfs"
+
+# A large JSON of little but brackets and commas is a bomb: two bytes of it become an object of some 64 bytes. Names,
+# the bulk of what is read here, keep them far apart; small files are let through.
+_BOMB_JSON_BYTES = 2_000_000
+_MIN_BYTES_PER_MARK = 5
 
 Fault = Callable[[str], LoadstoneError]
 
@@ -66,7 +71,8 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         # O_NONBLOCK: opening a FIFO that nobody writes to would wait forever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise SourceNotFound(f"{path}: expected a file, found nothing there; check the path.") from None
+        found = "a link to nothing" if path.is_symlink() else "nothing"
+        raise SourceNotFound(f"{path}: expected a file, found {found} there; check the path.") from None
     except OSError as error:
         raise NotACheckpoint(f"{path}: expected a readable file; opening it failed: {error.strerror}.") from None
     try:
@@ -100,12 +106,15 @@ def parse_json_object(text: bytes, *, where: str, fault: Fault) -> dict[str, Any
         where: what a message begins with: the file, and the part of it.
         fault: the error class to raise.
     """
+    _refuse_bomb(text, where, fault)
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise fault(f"{where}: expected UTF-8, found an invalid byte at {error.start}; download it again.") from None
     except _DuplicateKeyError as error:
-        raise fault(f"{where}: the key {error} stands there twice; expected each once. Write the file anew.") from None
+        raise fault(
+            f"{where}: the key {format_name(str(error))} stands there twice; expected each once. Write the file anew."
+        ) from None
     except RecursionError:
         raise fault(f"{where}: the JSON is nested too deeply to be what it should be; download it again.") from None
     except ValueError as error:
@@ -113,6 +122,17 @@ def parse_json_object(text: bytes, *, where: str, fault: Fault) -> dict[str, Any
     if not isinstance(value, dict):
         raise fault(f"{where}: expected a JSON object, found a {type(value).__name__}; download it again.")
     return value
+
+
+def _refuse_bomb(text: bytes, where: str, fault: Fault) -> None:
+    if len(text) < _BOMB_JSON_BYTES:
+        return
+    marks = text.count(b"[") + text.count(b"{") + text.count(b",")
+    if marks * _MIN_BYTES_PER_MARK > len(text):
+        raise fault(
+            f"{where}: expected mostly names, found {marks:,} brackets and commas in {format_bytes(len(text))}; "
+            "this is not the file its name says."
+        )
 
 
 def read_json_object(path: Path, *, max_bytes: int, fault: Fault) -> dict[str, Any]:

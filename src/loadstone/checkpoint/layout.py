@@ -105,8 +105,6 @@ def missing_in(folder: Path) -> tuple[str, ...]:
 
 
 def _only(names: list[str], where: str) -> tuple[str, ...]:
-    if len(names) == 1:
-        return tuple(names)
     splits = [_SPLIT.fullmatch(name) for name in names]
     sets = {(split["prefix"], split["count"]) if split else None for split in splits}
     if len(sets) == 1 and (split := splits[0]) is not None:
@@ -115,6 +113,8 @@ def _only(names: list[str], where: str) -> tuple[str, ...]:
             raise MissingShard(
                 f"{where}: expected {count} files like {names[0]}, found {len(names)}; download what is missing."
             )
+        return tuple(names)
+    if len(names) == 1:
         return tuple(names)
     raise NotACheckpoint(
         f"{where}: expected one checkpoint, found {len(names)} files that could be one: {_listed(names)}; "
