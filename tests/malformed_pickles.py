@@ -131,6 +131,7 @@ CALLS = (
     _hostile("a name inside a harmless one", name("collections", "OrderedDict.__reduce__"), "OrderedDict.__reduce__"),
     _hostile("a storage type of another module", name("evil.torch", "FloatStorage"), "'evil.torch.FloatStorage'"),
     _hostile("_rebuild_from_type_v2 calls", name("torch._tensor", "_rebuild_from_type_v2") + _SYSTEM, _OS),
+    _hostile("a name of control characters", name("os", "\x01" * 150), r"reference to 'os.\x01\x01"),
     _hostile("a name of a megabyte", name("os", "x" * 1_000_000), "reference to 'os.xxx"),
     _hostile("calling a number", b"K\x01)R", "malformed one", InvalidHeader),
     _hostile("calling a tensor", tensor() + b")R", "malformed one", InvalidHeader),
@@ -263,7 +264,20 @@ def _lying_end(nbytes: int, offset: int) -> bytes:
     return b"PK\x03\x04" + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, nbytes, offset, 0)
 
 
+def _grown(content: bytes, entry: bytes, nbytes: int) -> bytes:
+    """An archive whose directory gives one entry another size."""
+    at = content.index(entry, content.index(b"PK\x01\x02")) - 26
+    return content[:at] + struct.pack("<LL", nbytes, nbytes) + content[at + 8 :]
+
+
 ZIPS = (
+    _case("zip entry of 3 GB", _grown(GOOD, b"x/data.pkl", 3_000_000_000), "at most 32000000 bytes in 'x/data.pkl'"),
+    # Found by fuzzing: names of control characters stood in messages as they were, or grew fourfold when escaped.
+    _case(
+        "zip entry of 3 GB with a name of control characters",
+        _grown(archive({"\x1b[2J\n" + "\x01" * 200 + "/data.pkl": b"N."}), b"\x1b[2J", 3_000_000_000),
+        r"bytes in '\x1b[2J\n\x01",
+    ),
     _case(
         "zip of zeros, compressed",
         lambda: archive({"x/data.pkl": bytes(50 * _MB)}, zipfile.ZIP_DEFLATED),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
-_MAX_NAME = 100
 
 
 def format_bytes(nbytes: float) -> str:
@@ -34,9 +33,11 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
-def format_name(name: str) -> str:
+def format_name(name: str, most: int = 100) -> str:
     """A name out of a file as a message shows it: quoted, control characters escaped, never a megabyte of it."""
-    return repr(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 3]}...")
+    shown = repr(name[:most])
+    # Escapes take up to ten characters each, so it is the quoted form that is cut.
+    return shown if len(name) <= most and len(shown) <= most + 2 else f"{shown[: most - 3]}...{shown[-1]}"
 
 
 def _scaled(value: float, units: tuple[str, ...], gap: str) -> str:

@@ -343,7 +343,7 @@ def test_entry_past_the_end(tmp_path: Path) -> None:
 def test_pickle_too_large(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(zip64(b"", 2**40))
-    refused(path, "expected at most 32000000 bytes in x/data.pkl, found 1099511627776")
+    refused(path, "expected at most 32000000 bytes in 'x/data.pkl', found 1099511627776")
 
 
 def test_legacy_cut_short(tmp_path: Path) -> None:

@@ -116,5 +116,6 @@ def _check_shard_name(path: Path, shard: Any) -> None:
     parts = shard.replace("\\", "/").split("/")
     if not shard or "\0" in shard or any(part in {"", ".", ".."} for part in parts) or ":" in parts[0]:
         raise InvalidIndex(
-            f"{path}: expected names of files in its own folder, found {shard[:80]!r}; do not trust this checkpoint."
+            f"{path}: expected names of files in its own folder, found {format_name(shard)}; do not trust this "
+            "checkpoint."
         )

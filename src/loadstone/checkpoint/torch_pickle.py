@@ -111,7 +111,7 @@ def _zip_locations(
     for key, storage in owner.storages.items():
         entry = entries.get(f"{prefix}data/{key}")
         if entry is None:
-            raise InvalidHeader(f"{file.path}: expected a zip entry {f'data/{key}'[:80]!r}, found none; {_AGAIN}")
+            raise InvalidHeader(f"{file.path}: expected a zip entry {format_name(f'data/{key}')}, found none; {_AGAIN}")
         _check_storage(file, storage, entry.nbytes)
         locations[key] = _Location(offset=data_offset(file, entry), nbytes=entry.nbytes)
     by_offset = sorted((location for location in locations.values() if location.nbytes), key=lambda one: one.offset)
@@ -127,7 +127,7 @@ def _zip_locations(
 def _small(file: OpenFile, entry: ZipEntry) -> bytes:
     if entry.nbytes > MAX_PICKLE_BYTES:
         raise InvalidHeader(
-            f"{file.path}: expected at most {MAX_PICKLE_BYTES} bytes in {entry.name}, found {entry.nbytes}; "
+            f"{file.path}: expected at most {MAX_PICKLE_BYTES} bytes in {format_name(entry.name)}, found {entry.nbytes}; "
             "save only the state_dict."
         )
     return file.read(data_offset(file, entry), entry.nbytes)
@@ -176,15 +176,17 @@ def _legacy_locations(file: OpenFile, owner: TorchOwner, keys: list[str], positi
     for key in keys:
         storage = owner.storages.get(key)
         if storage is None or key in locations:
-            raise InvalidHeader(f"{file.path}: expected storage {key[:80]!r} once in the pickle, did not; {_AGAIN}")
+            raise InvalidHeader(
+                f"{file.path}: expected storage {format_name(key)} once in the pickle, did not; {_AGAIN}"
+            )
         itemsize = DTYPES[storage.dtype].bits // 8
         nbytes = int.from_bytes(file.read(position, 8), "little") * itemsize
         _check_storage(file, storage, nbytes)
         position += 8
         if position + nbytes > file.nbytes:
             raise TruncatedFile(
-                f"{file.path}: expected {nbytes} bytes of storage {key[:80]!r} at {position}, found the end of the "
-                f"file at {file.nbytes}; copy or download it again."
+                f"{file.path}: expected {nbytes} bytes of storage {format_name(key)} at {position}, found the end of "
+                f"the file at {file.nbytes}; copy or download it again."
             )
         locations[key] = _Location(offset=position, nbytes=nbytes)
         position += nbytes
@@ -220,7 +222,7 @@ def _check_storage(file: OpenFile, storage: StorageRef, nbytes: int) -> None:
     expected = storage.numel * DTYPES[storage.dtype].bits // 8
     if expected != nbytes:
         raise InvalidHeader(
-            f"{file.path}: expected {expected} bytes in storage {storage.key[:80]!r}, as the pickle says, found "
+            f"{file.path}: expected {expected} bytes in storage {format_name(storage.key)}, as the pickle says, found "
             f"{nbytes}; {_AGAIN}"
         )
 
@@ -257,7 +259,7 @@ def _state_dict(path: Path, root: Any) -> tuple[dict[str, TensorRef], tuple[str,
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(repr(name[:60]) for name in names[:5])
+    shown = ", ".join(format_name(name, 40) for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
