@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from loadstone.api.load import load
     from loadstone.api.registry import of
     from loadstone.api.tokenizer import load_tokenizer
+    from loadstone.api.verify import verify
     from loadstone.errors import LoadstoneError
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadstoneError", "inspect", "load", "load_tokenizer", "of"]
+__all__ = ["LoadstoneError", "inspect", "load", "load_tokenizer", "of", "verify"]
 
 # Names are looked up when they are used (PEP 562), so that importing loadstone imports nothing heavy.
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "load": "loadstone.api.load",
     "load_tokenizer": "loadstone.api.tokenizer",
     "of": "loadstone.api.registry",
+    "verify": "loadstone.api.verify",
 }
 
 

@@ -127,8 +127,8 @@ def _zip_locations(
 def _small(file: OpenFile, entry: ZipEntry) -> bytes:
     if entry.nbytes > MAX_PICKLE_BYTES:
         raise InvalidHeader(
-            f"{file.path}: expected at most {MAX_PICKLE_BYTES} bytes in {format_name(entry.name)}, found {entry.nbytes}; "
-            "save only the state_dict."
+            f"{file.path}: expected at most {MAX_PICKLE_BYTES} bytes in {format_name(entry.name)}, found "
+            f"{entry.nbytes}; save only the state_dict."
         )
     return file.read(data_offset(file, entry), entry.nbytes)
 
