@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,11 @@ _LLAMA: dict[str, Any] = {
 
 def llama(changes: Mapping[str, Any] | None = None, **more: bytes | Any) -> Writer:
     """A tiny Llama with the tensors that its config asks for, and a config that is changed."""
+    header, data = _llama_tensors()
+    return files({"model.safetensors": safetensors(header, data), "config.json": {**_LLAMA, **(changes or {})}, **more})
+
+
+def _llama_tensors() -> tuple[dict[str, object], bytes]:
     shapes = {
         "model.embed_tokens.weight": (8, 8),
         "lm_head.weight": (8, 8),
@@ -139,13 +144,27 @@ def llama(changes: Mapping[str, Any] | None = None, **more: bytes | Any) -> Writ
         **{f"model.layers.0.mlp.{name}_proj.weight": (8, 8) for name in ("gate", "up", "down")},
         **{f"model.layers.0.{name}_layernorm.weight": (8,) for name in ("input", "post_attention")},
     }
-    header, at = {}, 0
+    header: dict[str, object] = {}
+    at = 0
     for name, shape in shapes.items():
         nbytes = 4 * (64 if len(shape) == 2 else 8)
         header[name] = entry("F32", shape, at, at + nbytes)
         at += nbytes
-    config = {**_LLAMA, **(changes or {})}
-    return files({"model.safetensors": safetensors(header, bytes(at)), "config.json": config, **more})
+    return header, bytes(at)
+
+
+def _stranger(title: str, tensor: str, message: str) -> Case:
+    """A good model with one tensor more, of an odd name."""
+    header, data = _llama_tensors()
+    header[tensor] = entry("F32", (1,), len(data), len(data) + 4)
+    content = safetensors(header, data + bytes(4))
+    return Case(
+        name=f"model: {title}",
+        write=files({"model.safetensors": content, "config.json": _LLAMA}),
+        error=CheckpointMismatch,
+        message=message,
+        through=Through.LOAD,
+    )
 
 
 def _config(name: str, content: Any, message: str, error: type[LoadstoneError] = InvalidConfig) -> Case:
@@ -163,6 +182,23 @@ def _config_fifo(folder: Path) -> Path:
     files({"model.safetensors": GOOD})(folder)
     os.mkfifo(folder / "config.json")
     return folder
+
+
+def _special(name: str, make: Callable[[Path], None]) -> Writer:
+    """A good model and tokenizer, in which one file is no file."""
+
+    def write(folder: Path) -> Path:
+        llama(None, **tokenizer_files("hello"))(folder)
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        return folder
+
+    return write
+
+
+def _gigabyte(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(10**9)
 
 
 _CODE = f"open({CANARY!r}, 'w').close()\n".encode()
@@ -188,6 +224,7 @@ CONFIGS = (
         error=InvalidConfig,
         message="generation_config.json: expected a JSON object",
     ),
+    _config("nested 500 levels", b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "expected JSON of at most 64 levels"),
     _lie("ten million layers", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000"),
     _lie("more layers than a float holds", {"num_hidden_layers": 1e30}, "num_hidden_layers"),
     _lie("layers a text", {"num_hidden_layers": "many"}, "num_hidden_layers"),
@@ -276,6 +313,16 @@ TOKENIZERS = (
         "no tokenizer could be loaded",
     ),
     *(
+        Case(name=f"tokenizer: {name}", write=write, error=NotACheckpoint, message=message, through=Through.TOKENIZER)
+        for name, write, message in (
+            ("a FIFO", _special("tokenizer.json", os.mkfifo), "found a pipe, socket or device"),
+            ("config a FIFO", _special("tokenizer_config.json", os.mkfifo), "found a pipe, socket or device"),
+            ("template a FIFO", _special("chat_template.jinja", os.mkfifo), "found a pipe, socket or device"),
+            ("a folder", _special("tokenizer.json", Path.mkdir), "no tokenizer could be loaded"),
+            ("of 1 GB", _special("tokenizer.json", _gigabyte), "expected at most 64.0 MB of a tokenizer"),
+        )
+    ),
+    *(
         Case(
             name=f"chat template: {name}",
             write=llama(None, **tokenizer_files(template)),
@@ -287,7 +334,17 @@ TOKENIZERS = (
     ),
 )
 
-CASES = (*INDEXES, *CONFIGS, *TOKENIZERS)
+STRANGERS = (
+    _stranger("tensor name of 100,000 characters", "x" * 100_000, "xxx..."),
+    _stranger("tensor name of control characters", "a\n\x1b[2J", r"module: a\n\x1b[2J"),
+    _stranger("block number of 5,000 digits", f"model.layers.{'9' * 5000}.x", "model.layers.999"),
+    _stranger("block number that is no number", "model.layers.\u00b2.x", "model.layers.\u00b2.x"),
+    _stranger("name of 10,000 parts", "x." * 10_000, "module: x.x."),
+)
+
+CASES = (*INDEXES, *CONFIGS, *STRANGERS, *TOKENIZERS)
+
+ODD_NAMES = ("[/red]x", "a\x1b[2J", "model.layers." + "9" * 5000 + ".x", "model.layers.\u0661.x", "..", "")
 
 CONTROLS = (
     Control(name="index: no metadata", write=files({**SHARDS, INDEX: _SHARDED}), tensors=("a", "b")),
@@ -314,6 +371,11 @@ CONTROLS = (
     Control(
         name="index: shards in a subfolder",
         write=files({"sub/x.safetensors": GOOD, INDEX: {"weight_map": {"a": "sub/x.safetensors"}}}),
+    ),
+    Control(
+        name="tensors: names that a terminal or a report could obey",
+        write=files({"model.safetensors": safetensors({name: entry(shape=(0,), end=0) for name in ODD_NAMES})}),
+        tensors=tuple(sorted(ODD_NAMES)),
     ),
     Control(
         name="config: of unknown fields",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import loadstone
 import malformed
 from loadstone.cli.app import main
+from loadstone.report import inspection
 from malformed import CASES, CONTROLS, DEADLINE_S, Ended
 from malformed_base import CANARY, Case, Control, Through
 
@@ -71,6 +74,10 @@ def test_cases_take_no_time_and_no_memory(cases: list[Case]) -> None:
 def test_control_is_read(control: Control, tmp_path: Path) -> None:
     found = loadstone.inspect(control.write(tmp_path), local_files_only=True)
     assert tuple(found.checkpoint.tensors) == control.tensors
+    drawn = io.StringIO()
+    inspection.render(found, Console(file=drawn, width=100, color_system=None))
+    assert drawn.getvalue().replace("\n", "").isprintable()
+    assert json.dumps(inspection.to_json(found), default=str)
 
 
 def test_names_are_unique() -> None:

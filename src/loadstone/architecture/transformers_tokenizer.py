@@ -11,7 +11,13 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loadstone.architecture.gguf_tokenizer import tokenizer_config, tokenizer_json
+from loadstone.checkpoint.files import open_regular
 from loadstone.errors import InvalidHeader, NotACheckpoint
+from loadstone.units import format_bytes
+
+# The files that tokenizers are read from, and twice the largest of them in use.
+_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+_MAX_BYTES = 64_000_000
 
 
 def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
@@ -27,6 +33,7 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         NotACheckpoint: transformers finds no tokenizer there.
     """
+    _check_files(root)
     try:
         return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # what a damaged file makes of transformers and tokenizers has no common base
@@ -34,6 +41,18 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
         raise NotACheckpoint(
             f"{root}: no tokenizer could be loaded ({reason[:300]}); put tokenizer.json there."
         ) from error
+
+
+def _check_files(root: Path) -> None:
+    """Refuse what transformers would wait for (a pipe), or read whole although it cannot be what its name says."""
+    for path in root.iterdir():
+        if path.suffix in _SUFFIXES and not path.name.endswith(".index.json") and not path.is_dir():
+            with open_regular(path) as file:
+                if file.nbytes > _MAX_BYTES:
+                    raise NotACheckpoint(
+                        f"{path}: expected at most {format_bytes(_MAX_BYTES)} of a tokenizer, found "
+                        f"{format_bytes(file.nbytes)}; this is not the file its name says."
+                    )
 
 
 def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Any:

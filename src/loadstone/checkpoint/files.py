@@ -22,6 +22,11 @@ LFS_MAGIC = b"version https://git-lfs"
 _BOMB_JSON_BYTES = 2_000_000
 _MIN_BYTES_PER_MARK = 5
 
+# What is parsed may be walked and written again by functions that call themselves; configs have some six levels.
+_MAX_JSON_DEPTH = 64
+
+_OTHER_FILE = "this is not the file its name says."
+
 Fault = Callable[[str], LoadstoneError]
 
 
@@ -131,7 +136,7 @@ def _refuse_bomb(text: bytes, where: str, fault: Fault) -> None:
     if marks * _MIN_BYTES_PER_MARK > len(text):
         raise fault(
             f"{where}: expected mostly names, found {marks:,} brackets and commas in {format_bytes(len(text))}; "
-            "this is not the file its name says."
+            f"{_OTHER_FILE}"
         )
 
 
@@ -141,12 +146,25 @@ def read_json_object(path: Path, *, max_bytes: int, fault: Fault) -> dict[str, A
         if file.nbytes > max_bytes:
             raise fault(
                 f"{path}: expected at most {format_bytes(max_bytes)} of JSON, found {format_bytes(file.nbytes)}; "
-                "this is not the file its name says."
+                f"{_OTHER_FILE}"
             )
         text = file.read(0, file.nbytes)
     if text.startswith(LFS_MAGIC):
         raise fault(lfs_message(path))
-    return parse_json_object(text, where=str(path), fault=fault)
+    value = parse_json_object(text, where=str(path), fault=fault)
+    if _is_deeper(value, _MAX_JSON_DEPTH):
+        raise fault(f"{path}: expected JSON of at most {_MAX_JSON_DEPTH} levels, found more; {_OTHER_FILE}")
+    return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = [one.values() if type(one) is dict else one for one in level if type(one) in {dict, list}]
+        level = [one for parts in inner for one in parts]
+        if not level:
+            return False
+    return True
 
 
 def lfs_message(path: Path) -> str:

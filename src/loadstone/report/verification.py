@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from loadstone.units import format_bytes, format_rate, format_seconds
+from loadstone.units import format_bytes, format_rate, format_seconds, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,7 +130,7 @@ def render(verification: Verification, console: Console) -> None:
     table.add_column("rate", justify="right", no_wrap=True)
     for file in verification.files:
         table.add_row(
-            Text(file.name),
+            Text(printable(file.name)),
             format_bytes(file.nbytes),
             Text(file.structure.value, style=_STYLES[file.structure]),
             Text(file.content.value, style=_STYLES[file.content]),
@@ -139,7 +139,7 @@ def render(verification: Verification, console: Console) -> None:
         )
     console.print(table)
     for fault in verification.faults:
-        console.print(Text.assemble(("fault  ", "bold red"), " ".join(fault.split())))
+        console.print(Text.assemble(("fault  ", "bold red"), printable(" ".join(fault.split()))))
     rate = format_rate(verification.hashed_bytes / verification.seconds) if verification.hashed_bytes else ""
     hashed = f", {format_bytes(verification.hashed_bytes)} hashed at {rate}" if rate else ""
     console.print(Text(f"{verification.summary} ({format_seconds(verification.seconds)}{hashed})"))
