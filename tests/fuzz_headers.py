@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -91,23 +90,19 @@ def seeds(parser: str) -> Iterator[bytes]:
                     yield path.read_bytes()
 
 
-def _fuzz(parser: str, seconds: int, findings: Path) -> None:
+def _fuzz(parser: str, seconds: int, findings: Path, scratch: Path) -> None:
     """Fuzz in this process, which libFuzzer ends."""
     import atheris  # type: ignore[import-not-found]
 
     with atheris.instrument_imports(include=["loadstone"]):
         read = parsers()[parser]
-    corpus = Path(tempfile.mkdtemp(prefix=f"fuzz-{parser}-"))
+    corpus = scratch / "corpus"
+    corpus.mkdir()
     for number, seed in enumerate(seeds(parser)):
         (corpus / f"seed-{number}").write_bytes(seed)
-    path = corpus.parent / f"{corpus.name}.input"
+    path = scratch / "input"
     options = [f"-max_total_time={seconds}", f"-max_len={_MAX_INPUT_BYTES}", "-timeout=20", "-rss_limit_mb=2000"]
-    options += [
-        f"-artifact_prefix={findings}/{parser}-",
-        "-print_final_stats=1",
-        "-use_value_profile=1",
-        "-verbosity=1",
-    ]
+    options += [f"-artifact_prefix={findings}/{parser}-", "-print_final_stats=1", "-use_value_profile=1"]
     # Instrumented code is several times slower.
     atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: meet(read, data, path, 5 * MAX_SECONDS))
     atheris.Fuzz()
@@ -119,6 +114,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="for each parser")
     parser.add_argument("--parser", choices=["safetensors", "torch_pickle", "gguf"])
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "fuzz-findings")
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--input", type=Path, help="meet this one input and end")
     options = parser.parse_args()
     if options.input:
@@ -132,13 +128,15 @@ def main() -> int:
         )
         return 2
     options.findings.mkdir(parents=True, exist_ok=True)
-    if options.parser:
-        _fuzz(options.parser, options.seconds, options.findings)
-    # libFuzzer ends its process: one for each parser.
-    command = [sys.executable, __file__, "--seconds", str(options.seconds), "--findings", str(options.findings)]
+    if options.scratch:
+        _fuzz(options.parser, options.seconds, options.findings, options.scratch)
     worst = 0
-    for name in parsers():
-        worst = max(worst, subprocess.run([*command, "--parser", name], check=False, env=os.environ).returncode)
+    for name in [options.parser] if options.parser else parsers():
+        # libFuzzer ends its process without cleaning up: one for each parser, in a folder that goes with it.
+        with tempfile.TemporaryDirectory(prefix="fuzz-headers-") as scratch:
+            command = [sys.executable, __file__, "--seconds", str(options.seconds), "--parser", name]
+            command += ["--findings", str(options.findings), "--scratch", scratch]
+            worst = max(worst, subprocess.run(command, check=False).returncode)
     return worst
 
 

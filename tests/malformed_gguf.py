@@ -112,12 +112,16 @@ HEADERS = (
     _case("alignment 0", Gguf({"general.alignment": 0}, ONE), "general.alignment is 0"),
     _case("alignment 24", Gguf({"general.alignment": 24}, ONE), "general.alignment is 24"),
     _case("alignment a text", Gguf({"general.alignment": "32"}, ONE), "general.alignment is '32'"),
+    _case("alignment a megabyte", Gguf({"general.alignment": "x" * 1_000_000}, ONE), "general.alignment is 'xxx"),
     _case("alignment true", Gguf({"general.alignment": True}, ONE), "general.alignment is True"),
     _case("alignment of 2^31", Gguf({"general.alignment": 2**31}, ONE), "takes bytes", TruncatedFile),
     _case("a key of control characters", Gguf({"\x1b[2J\n": Typed(99, bytes(8))}, ONE), r"'\x1b[2J\n'"),
 )
 
 TENSORS = (
+    # Found by fuzzing: 255 bytes of zeros are a thousand characters when they are escaped.
+    _tensors("name of zeros, of an unknown type", {"\0" * 255: Stored((32,), 99)}, r"'\x00\x00", UnsupportedFormat),
+    _tensors("name of 300 bytes", {"x" * 300: Stored((8,))}, "would take 300 bytes, more than 255"),
     _tensors("offset past the end", {"a": Stored((8,), offset=1 << 40)}, "takes bytes", TruncatedFile),
     _tensors("offset wrapping around 2^64", {"a": Stored((8,), offset=2**64 - 32)}, "takes bytes", TruncatedFile),
     _tensors("offset not aligned", {"a": Stored((8,), offset=4)}, "not a multiple of 32"),
@@ -209,6 +213,7 @@ def _tokenizer(title: str, changes: dict[str, Any], message: str, error: type[Lo
 
 TOKENIZERS = (
     _tokenizer("unknown kind", {"tokenizer.ggml.model": "evil"}, "tokenizer.ggml.model is 'evil'", UnsupportedFormat),
+    _tokenizer("kind of a megabyte", {"tokenizer.ggml.model": "x" * 1_000_000}, "is 'xxx", UnsupportedFormat),
     _tokenizer("no tokens", {"tokenizer.ggml.tokens": []}, "tokenizer.ggml.tokens"),
     _tokenizer("tokens a number", {"tokenizer.ggml.tokens": 7}, "tokenizer.ggml.tokens"),
     _tokenizer("tokens of numbers", {"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens"),
@@ -244,6 +249,7 @@ _LLAMA = {
 MODELS = (
     _model("no architecture", {}, "lacks general.architecture", UnknownArchitecture),
     _model("unknown architecture", {"general.architecture": "os.system"}, "'os.system'", UnknownArchitecture),
+    _model("architecture of a megabyte", {"general.architecture": "x" * 1_000_000}, "'xxx", UnknownArchitecture),
     _model("architecture a list", {"general.architecture": ["llama"]}, "general.architecture", UnknownArchitecture),
     _model("four billion blocks", {**_LLAMA, "llama.block_count": 2**32 - 1}, "block_count promises", InvalidConfig),
     _model("blocks a text", {**_LLAMA, "llama.block_count": "many"}, "block_count", InvalidConfig),

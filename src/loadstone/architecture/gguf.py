@@ -18,6 +18,7 @@ from loadstone.architecture.gguf_layouts import GgufTarget, Part, apply_layout
 from loadstone.architecture.gguf_rules import Facts, Family, Fused, Names
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.errors import CheckpointMismatch, InvalidConfig, UnknownArchitecture
+from loadstone.units import printable
 
 __all__ = ["FAMILIES", "GgufTarget", "Part", "apply_layout", "config_from_metadata", "tensor_targets"]
 
@@ -142,8 +143,8 @@ def _family(checkpoint: Checkpoint) -> tuple[Facts, Family]:
     close = difflib.get_close_matches(facts.architecture, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UnknownArchitecture(
-        f"{facts.where}: general.architecture is {architecture!r}; known are {', '.join(known)}.{hint} "
-        "Use the safetensors checkpoint of this model."
+        f"{facts.where}: general.architecture is {printable(repr(architecture), 60)}; known are "
+        f"{', '.join(known)}.{hint} Use the safetensors checkpoint of this model."
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from loadstone.architecture.gguf_pretokenizers import PRE_TOKENIZERS
 from loadstone.errors import InvalidHeader, UnsupportedFormat
+from loadstone.units import printable
 
 Metadata = Mapping[str, Any]
 Json = dict[str, Any]
@@ -61,8 +62,8 @@ def tokenizer_json(metadata: Metadata) -> Json:
     builder = _BUILDERS.get(model) if isinstance(model, str) else None
     if builder is None:
         raise UnsupportedFormat(
-            f"tokenizer.ggml.model is {model!r}; expected one of {', '.join(_BUILDERS)}. Take the tokenizer from the "
-            "safetensors checkpoint of this model."
+            f"tokenizer.ggml.model is {printable(repr(model), 60)}; expected one of {', '.join(_BUILDERS)}. Take "
+            "the tokenizer from the safetensors checkpoint of this model."
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
@@ -110,7 +111,9 @@ def _token(metadata: Metadata, tokens: list[str], key: str) -> str | None:
     if index is None:
         return None
     if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise InvalidHeader(f"tokenizer.ggml.{key} is {index!r}, but the vocabulary has {len(tokens)} tokens.")
+        raise InvalidHeader(
+            f"tokenizer.ggml.{key} is {printable(repr(index), 60)}, but the vocabulary has {len(tokens)} tokens."
+        )
     return tokens[index]
 
 
@@ -182,9 +185,9 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> Json:
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise UnsupportedFormat(
-            f"tokenizer.ggml.pre is {name!r}: how it splits text is not known, and splitting it in another way would "
-            f"give other tokens than the model was trained on. Known are {', '.join(sorted(PRE_TOKENIZERS))}. Take the "
-            "tokenizer from the safetensors checkpoint of this model."
+            f"tokenizer.ggml.pre is {printable(repr(name), 60)}: how it splits text is not known, and "
+            "splitting it in another way would give other tokens than the model was trained on. Known are "
+            f"{', '.join(sorted(PRE_TOKENIZERS))}. Take the tokenizer from the safetensors checkpoint of this model."
         )
     alphabet = _byte_alphabet()
     spelled = frozenset(alphabet.values())

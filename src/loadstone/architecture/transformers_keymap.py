@@ -98,7 +98,7 @@ def _natural_key(name: str) -> Any:
     try:
         return dot_natural_key(name)
     except ValueError:
-        return type(dot_natural_key(""))((1, part) for part in name.split("."))
+        return [(1, part) for part in name.split(".")]
 
 
 def _fits_as_it_is(model: Any, around: Surroundings) -> bool:

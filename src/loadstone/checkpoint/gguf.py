@@ -24,6 +24,7 @@ from loadstone.checkpoint.files import OpenFile, open_regular
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.dtypes import GGML_BLOCKS, GGML_PLAIN, nbytes_of
 from loadstone.errors import InvalidHeader, MissingShard, TruncatedFile, UnsupportedFormat
+from loadstone.units import format_name, printable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -39,13 +40,12 @@ MAX_ARRAY_DEPTH = 4
 MAX_SPLITS = 9999
 FIRST_READ_BYTES = 1 << 20
 
-# What one header may be made of, so that it stays within some 200 MB and a second. A vocabulary of 262,144 tokens has
-# 1.3 million elements (tokens, types, scores, merges); files have some 2,000 tensors and 100 pairs.
+# What one header may be made of: some 200 MB and a second. A vocabulary of 262,144 tokens has 1.3 million elements
+# (types, scores and merges too); files have some 2,000 tensors and 100 pairs.
 MAX_ELEMENTS = 2_000_000
 MAX_TENSORS = 100_000
 MAX_PAIRS = 20_000
 _STRINGS_AT_ONCE = 1 << 16
-_SHOWN_KEY = 100
 
 # Value types of metadata: struct format and numpy dtype of an element.
 # Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (gguf_metadata_value_type)
@@ -66,8 +66,7 @@ _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _ARRAY_HEAD = struct.Struct("<IQ")
 
-# The least bytes that a key-value pair (key length, one-byte key, type, one-byte value) and a tensor (name length,
-# number of dimensions, type, offset) can take.
+# The least that a pair (key length, one-byte key, type, value) and a tensor (name length, rank, type, offset) take.
 _LEAST_PAIR_BYTES, _LEAST_TENSOR_BYTES = 14, 24
 
 # Facts of the architecture that some converters store as a tensor: read with the header, kept beside the metadata.
@@ -157,9 +156,6 @@ class _Header:
         wanted = min(max(end, FIRST_READ_BYTES, len(self.buffer) * 2), self.file.nbytes)
         self.buffer += self.file.read(len(self.buffer), wanted - len(self.buffer))
 
-    def left(self) -> int:  # bytes of the file behind the position
-        return self.file.nbytes - self.position
-
     def number(self, kind: struct.Struct, what: str) -> Any:
         self.need(kind.size, what)
         (value,) = kind.unpack_from(self.buffer, self.position)
@@ -187,7 +183,7 @@ class _Header:
             )
         num_tensors = self.number(_U64, "the number of tensors")
         num_pairs = self.number(_U64, "the number of metadata pairs")
-        if num_pairs * _LEAST_PAIR_BYTES + num_tensors * _LEAST_TENSOR_BYTES > self.left():
+        if num_pairs * _LEAST_PAIR_BYTES + num_tensors * _LEAST_TENSOR_BYTES > self.file.nbytes - self.position:
             raise self.invalid(
                 f"{num_tensors} tensors and {num_pairs} metadata pairs cannot lie in a file of {self.file.nbytes} bytes"
             )
@@ -202,10 +198,10 @@ class _Header:
         metadata: dict[str, Any] = {}
         for _ in range(num_pairs):
             key = self.read_string("a metadata key", MAX_KEY_BYTES)
-            shown = key[:_SHOWN_KEY]
+            shown = format_name(key)
             if key in metadata:
-                raise self.invalid(f"the metadata key {shown!r} stands there twice")
-            metadata[key] = self.read_value(self.number(_U32, f"the type of {shown!r}"), shown)
+                raise self.invalid(f"the metadata key {shown} stands there twice")
+            metadata[key] = self.read_value(self.number(_U32, f"the type of {shown}"), shown)
         return metadata
 
     def read_string(self, what: str, most: int = MAX_STRING_BYTES) -> str:
@@ -223,22 +219,22 @@ class _Header:
 
     def read_value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind][0], f"the value of {key!r}")
+            return self.number(_SCALARS[kind][0], f"the value of {key}")
         if kind == _STRING:
-            return self.read_string(f"the value of {key!r}")
+            return self.read_string(f"the value of {key}")
         if kind != _ARRAY:
-            raise self.invalid(f"the metadata value {key!r} has the unknown type {kind}")
+            raise self.invalid(f"the metadata value {key} has the unknown type {kind}")
         if depth == MAX_ARRAY_DEPTH:
-            raise self.invalid(f"the metadata value {key!r} nests arrays deeper than {MAX_ARRAY_DEPTH}")
-        self.need(_ARRAY_HEAD.size, f"the array {key!r}")
+            raise self.invalid(f"the metadata value {key} nests arrays deeper than {MAX_ARRAY_DEPTH}")
+        self.need(_ARRAY_HEAD.size, f"the array {key}")
         kind, count = _ARRAY_HEAD.unpack_from(self.buffer, self.position)
         self.position += _ARRAY_HEAD.size
         least = _SCALARS[kind][0].size if kind in _SCALARS else 8
-        if count * least > self.left():
-            raise self.invalid(f"the array {key!r} of {count} elements does not fit into {self.left()} bytes")
+        if count * least > (left := self.file.nbytes - self.position):
+            raise self.invalid(f"the array {key} of {count} elements does not fit into {left} bytes")
         self.num_elements += count
         if self.num_elements > MAX_ELEMENTS:
-            raise self.invalid(f"the arrays up to {key!r} have more than {MAX_ELEMENTS:,} elements")
+            raise self.invalid(f"the arrays up to {key} have more than {MAX_ELEMENTS:,} elements")
         if kind in _SCALARS:
             return self.read_numbers(_SCALARS[kind][1], count, key)
         if kind == _STRING:
@@ -247,7 +243,7 @@ class _Header:
 
     def read_numbers(self, dtype: str, count: int, key: str) -> list[Any]:
         nbytes = count * np.dtype(dtype).itemsize
-        self.need(nbytes, f"the array {key!r}")
+        self.need(nbytes, f"the array {key}")
         values: list[Any] = np.frombuffer(self.buffer, dtype, count, self.position).tolist()
         self.position += nbytes
         return values
@@ -269,10 +265,10 @@ class _Header:
             stop = start + length_at(buffer, position)[0] if start <= end else end + 1
             if stop > end:
                 self.position = position
-                nbytes = self.number(_U64, f"a string of {key!r}")
+                nbytes = self.number(_U64, f"a string of {key}")
                 if nbytes > MAX_STRING_BYTES:
-                    raise self.invalid(f"a string of {key!r} at byte {start} would take {nbytes} bytes")
-                self.need(nbytes, f"a string of {key!r}")
+                    raise self.invalid(f"a string of {key} at byte {start} would take {nbytes} bytes")
+                self.need(nbytes, f"a string of {key}")
                 buffer, end, stop = self.buffer, len(self.buffer), start + nbytes
             keep(buffer[start:stop])
             position = stop
@@ -285,15 +281,16 @@ class _Header:
         names = set()
         for index in range(num_tensors):
             name = self.read_string(f"the name of tensor {index}", MAX_NAME_BYTES)
+            shown = format_name(name)
             if name in names:
-                raise self.invalid(f"two tensors have the name {name!r}")
+                raise self.invalid(f"two tensors have the name {shown}")
             names.add(name)
-            num_dims = self.number(_U32, f"the number of dimensions of {name!r}")
+            num_dims = self.number(_U32, f"the number of dimensions of {shown}")
             if num_dims > MAX_DIMS:
-                raise self.invalid(f"tensor {name!r} has {num_dims} dimensions, more than {MAX_DIMS}")
-            dims = [self.number(_U64, f"the shape of {name!r}") for _ in range(num_dims)]
-            code = self.number(_U32, f"the type of {name!r}")
-            offset = self.number(_U64, f"the offset of {name!r}")
+                raise self.invalid(f"tensor {shown} has {num_dims} dimensions, more than {MAX_DIMS}")
+            dims = [self.number(_U64, f"the shape of {shown}") for _ in range(num_dims)]
+            code = self.number(_U32, f"the type of {shown}")
+            offset = self.number(_U64, f"the offset of {shown}")
             rows.append(_Row(name=name, shape=tuple(reversed(dims)), code=code, offset=offset))
         return rows
 
@@ -301,7 +298,7 @@ class _Header:
 def _alignment(header: _Header, metadata: Mapping[str, Any]) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise header.invalid(f"general.alignment is {alignment!r}, expected a power of two")
+        raise header.invalid(f"general.alignment is {printable(repr(alignment), 40)}, expected a power of two")
     return alignment
 
 
@@ -311,19 +308,23 @@ def _place(header: _Header, rows: Iterable[_Row], alignment: int) -> dict[str, T
     tensors = []
     for row in rows:
         if row.offset % alignment:
-            raise header.invalid(f"the offset {row.offset} of tensor {row.name!r} is not a multiple of {alignment}")
+            raise header.invalid(
+                f"the offset {row.offset} of tensor {format_name(row.name)} is not a multiple of {alignment}"
+            )
         tensors.append(_tensor(header, row, start + row.offset))
     tensors.sort(key=lambda tensor: tensor.offset)
     for tensor in tensors:
         end = tensor.offset + tensor.nbytes
         if end > header.file.nbytes:
             raise TruncatedFile(
-                f"{header.file.path}: tensor {tensor.name!r} takes bytes {tensor.offset} to {end}, but the file has "
-                f"{header.file.nbytes} bytes; it was cut short, download it again."
+                f"{header.file.path}: tensor {format_name(tensor.name)} takes bytes {tensor.offset} to {end}, but the "
+                f"file has {header.file.nbytes} bytes; it was cut short, download it again."
             )
     for before, after in pairwise(tensor for tensor in tensors if tensor.nbytes):
         if before.offset + before.nbytes > after.offset:
-            raise header.invalid(f"tensors {before.name!r} and {after.name!r} overlap at byte {after.offset}")
+            raise header.invalid(
+                f"tensors {format_name(before.name)} and {format_name(after.name)} overlap at byte {after.offset}"
+            )
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -336,14 +337,14 @@ def _tensor(header: _Header, row: _Row, offset: int) -> TensorInfo:
         block = GGML_BLOCKS[row.code]
         if not row.shape or row.shape[-1] % block.block_numel:
             raise header.invalid(
-                f"tensor {row.name!r} of shape {row.shape} cannot be {block.name}: its rows are not whole blocks of "
-                f"{block.block_numel}"
+                f"tensor {format_name(row.name)} of shape {row.shape} cannot be {block.name}: its rows are not whole "
+                f"blocks of {block.block_numel}"
             )
         nbytes, dtype_name, encoding = numel // block.block_numel * block.block_nbytes, "float32", block.name
     else:
         raise UnsupportedFormat(
-            f"{header.file.path}: tensor {row.name!r} has the ggml type {row.code}, which is not known (types that "
-            "ggml has withdrawn are not read); convert the model again with a current llama.cpp, or upgrade Loadstone."
+            f"{header.file.path}: tensor {format_name(row.name)} has the ggml type {row.code}, which is not known "
+            "(types that ggml has withdrawn are not read); convert it with a current llama.cpp, or upgrade Loadstone."
         )
     return TensorInfo(
         name=row.name,
@@ -377,8 +378,7 @@ def _part_paths(path: Path, num_parts: int) -> list[Path]:
     parts = [
         path.with_name(f"{named['stem']}-{index:05d}-of-{num_parts:05d}.gguf") for index in range(1, num_parts + 1)
     ]
-    missing = [part.name for part in parts if not part.exists()]
-    if missing:
+    if missing := [part.name for part in parts if not part.exists()]:
         raise MissingShard(
             f"{path.parent}: {len(missing)} of {num_parts} parts are missing, the first is {missing[0]}; download them."
         )
@@ -392,8 +392,8 @@ def _join(parts: list[Checkpoint]) -> Checkpoint:
         for name, tensor in part.tensors.items():
             if name in tensors:
                 raise InvalidHeader(
-                    f"{tensor.file}: tensor {name!r} is in {tensors[name].file.name} too; the parts belong to "
-                    "different models, download them again."
+                    f"{tensor.file}: tensor {format_name(name)} is in {tensors[name].file.name} too; the parts belong "
+                    "to different models, download them again."
                 )
             tensors[name] = tensor
         metadata = {**part.metadata, **metadata}
