@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loadstone.api.convert import convert
     from loadstone.api.inspect import inspect
     from loadstone.api.load import load
     from loadstone.api.registry import of
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadstoneError", "inspect", "load", "load_tokenizer", "of", "verify"]
+__all__ = ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "of", "verify"]
 
 # Names are looked up when they are used (PEP 562), so that importing loadstone imports nothing heavy.
 _HOMES = {
     "LoadstoneError": "loadstone.errors",
+    "convert": "loadstone.api.convert",
     "inspect": "loadstone.api.inspect",
     "load": "loadstone.api.load",
     "load_tokenizer": "loadstone.api.tokenizer",

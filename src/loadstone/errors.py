@@ -5,6 +5,8 @@
     │   ├── SourceNotFound          no such path, no such hub id, nothing cached
     │   ├── NotACheckpoint          the path exists and holds no weights
     │   ├── UnsupportedFormat       a format or encoding that is not read
+    │   ├── UnreadableFile          the system does not let a file be read, or no longer
+    │   ├── FileChanged             a file is another one than when its header was read
     │   ├── DownloadFailed          the hub did not give what was asked for
     │   └── ChecksumMismatch        a file is not the one that was expected
     ├── CorruptCheckpoint           a file contradicts itself
@@ -19,6 +21,10 @@
     │   └── UnknownArchitecture     no class is known for it
     ├── CheckpointMismatch          tensors and parameters do not fit together
     ├── RemoteCodeRefused           the checkpoint wants to run its own code
+    ├── DestinationError            what is asked for cannot be written there
+    │   ├── DestinationExists       something is there already
+    │   ├── DestinationBusy         another process is writing it
+    │   └── DiskFull                the disk has no room for it
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
     └── DeviceUnavailable           the device asked for is not there
 
@@ -47,6 +53,14 @@ class NotACheckpoint(SourceError):
 
 class UnsupportedFormat(SourceError):
     """The file is of a kind, or holds an encoding, that is not read."""
+
+
+class UnreadableFile(SourceError):
+    """A file cannot be read, or can no longer: removed, forbidden, a disk that fails."""
+
+
+class FileChanged(SourceError):
+    """A file was replaced or written to while it was loaded."""
 
 
 class DownloadFailed(SourceError):
@@ -122,6 +136,22 @@ class CheckpointMismatch(LoadstoneError):
 
 class RemoteCodeRefused(LoadstoneError):
     """The checkpoint names code of its own, and nobody asked for it to run."""
+
+
+class DestinationError(LoadstoneError):
+    """The destination cannot be written; nothing was left there."""
+
+
+class DestinationExists(DestinationError):
+    """Something is at the destination already, and nothing is ever overwritten."""
+
+
+class DestinationBusy(DestinationError):
+    """Another process is writing the same destination."""
+
+
+class DiskFull(DestinationError):
+    """The disk has no room for the result; nothing was left on it."""
 
 
 class UnsupportedDtype(LoadstoneError):

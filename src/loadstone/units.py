@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
+
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?i?b?)", re.IGNORECASE | re.ASCII)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 
 def format_bytes(nbytes: float) -> str:
     """Three significant figures and a unit: `98.1 MB`."""
     return _scaled(nbytes, _DECIMAL, " ")
+
+
+def parse_bytes(size: str | int, *, option: str) -> int:
+    """A size as people type it, in bytes: `5GB`, `500 MB` and `1.5G` are decimal, `2GiB` is binary, `1000` is bytes.
+
+    Args:
+        size: the text, or bytes.
+        option: what the size was given for, as the user calls it; begins the message.
+
+    Raises:
+        ValueError: it is no size, or less than a byte.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    if match is not None:
+        unit = match["unit"].lower().removesuffix("b")
+        base = 1024 if unit.endswith("i") else 1000
+        nbytes = int(Decimal(match["number"]) * base ** _POWERS.get(unit.removesuffix("i"), 0))
+        if nbytes > 0 and unit != "i":
+            return nbytes
+    raise ValueError(f"{option}: expected a size such as 5GB, 500MB or 2GiB, found {str(size)[:40]!r}.")
 
 
 def format_count(count: float) -> str:

@@ -234,6 +234,24 @@ def test_a_blob_that_is_gone(tmp_path: Path) -> None:
     assert "model.safetensors: expected a file, found a link to nothing there" in verification.faults[0]
 
 
+def test_what_convert_wrote_is_verified_whole(llama_folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    loadstone.convert(llama_folder, made, max_shard_size="20kB")
+    verification = loadstone.verify(made)
+    assert verification.ok
+    assert {file.content for file in verification.files} == {Verdict.OK}
+    flip(next(made.glob("*.safetensors")))
+    assert len(loadstone.verify(made).faults) == 1
+
+
+def test_a_subfolder_and_a_variant_are_meant(folder: Path) -> None:
+    (folder / "part").mkdir()
+    (folder / "part" / "model.fp16.safetensors").write_bytes(CONTENTS[ONE][:-1])
+    verification = loadstone.verify(folder, subfolder="part", variant="fp16")
+    assert [file.name for file in verification.files] == ["model.fp16.safetensors"]
+    assert "expected 4 bytes of tensors after the header, found 3" in verification.faults[0]
+
+
 def test_progress_adds_up_to_all_bytes(folder: Path) -> None:
     events: list[object] = []
     loadstone.verify(folder, progress=events.append, num_threads=3)

@@ -215,10 +215,19 @@ def test_whole_module_is_refused(tmp_path: Path) -> None:
     refused(save(tmp_path, torch.nn.Linear(1, 1)), "reference to 'torch.nn.modules.linear.Linear'", UnsafePickle)
 
 
-def test_numpy_scalar_is_refused(tmp_path: Path) -> None:
+def test_numpy_scalar_is_left_out(tmp_path: Path) -> None:
     import numpy as np
 
-    refused(save(tmp_path, {"loss": np.float64(1)}), "reference to 'numpy.*scalar'", UnsafePickle)
+    found, notes = read_torch_pickle(save(tmp_path, {"loss": np.float64(1), "a": torch.ones(1)}))
+    assert list(found) == ["a"]
+    assert notes == ("pytorch_model.bin: 1 entries are no tensors and were left out: 'loss'",)
+
+
+def test_numpy_array_is_refused(tmp_path: Path) -> None:
+    """It would be a weight that is silently left out."""
+    import numpy as np
+
+    refused(save(tmp_path, {"a": np.ones(3)}), "reference to 'numpy.*_reconstruct'", UnsafePickle)
 
 
 def test_control_characters_of_a_name_are_escaped(tmp_path: Path) -> None:

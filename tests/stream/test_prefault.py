@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved, Event, ignore
-from loadstone.stream.memory import is_cached, map_file, will_need
+from loadstone.stream.memory import TOUCH_BYTES, Toucher, is_cached, map_file, will_need
 from loadstone.stream.prefault import Prefault
 
 NBYTES = 5_000_001
@@ -38,7 +39,7 @@ def test_what_was_written_is_cached_and_what_was_dropped_is_not(path: Path) -> N
 def test_a_cold_file_is_brought_in_whole(path: Path, beside_imports: bool) -> None:
     drop(path)
     told: list[Event] = []
-    prefault = Prefault([map_file(path)], beside_imports=beside_imports, observer=told.append)
+    prefault = Prefault([(path, map_file(path))], beside_imports=beside_imports, observer=told.append)
     prefault.wait()
     assert prefault.done_bytes == NBYTES
     assert prefault.seconds > 0
@@ -47,10 +48,10 @@ def test_a_cold_file_is_brought_in_whole(path: Path, beside_imports: bool) -> No
 
 
 def test_a_cached_file_is_left_to_the_forward_unless_imports_run_meanwhile(path: Path) -> None:
-    idle = Prefault([map_file(path)], beside_imports=False, observer=ignore)
+    idle = Prefault([(path, map_file(path))], beside_imports=False, observer=ignore)
     idle.wait()
     assert idle.done_bytes == 0
-    busy = Prefault([map_file(path)], beside_imports=True, observer=ignore)
+    busy = Prefault([(path, map_file(path))], beside_imports=True, observer=ignore)
     busy.wait()
     assert busy.done_bytes == NBYTES
 
@@ -62,7 +63,28 @@ def test_a_stopped_prefault_ends(path: Path) -> None:
         started.wait()
         prefault.stop()
 
-    prefault = Prefault([map_file(path)] * 100, beside_imports=True, observer=stop_at_the_first_event)
+    prefault = Prefault([(path, map_file(path))] * 100, beside_imports=True, observer=stop_at_the_first_event)
     started.set()
     prefault.wait()
     assert 0 < prefault.done_bytes < 100 * NBYTES
+
+
+@pytest.mark.parametrize("beside_imports", [True, False])
+def test_a_file_cut_short_after_it_was_mapped_is_an_error_not_a_signal(path: Path, beside_imports: bool) -> None:
+    drop(path)
+    mapped = map_file(path)
+    os.truncate(path, NBYTES // 2)
+    prefault = Prefault([(path, mapped)], beside_imports=beside_imports, observer=ignore)
+    with pytest.raises(TruncatedFile, match=r"weights.bin: expected the file as it was when it was opened"):
+        prefault.wait()
+
+
+def test_touching_says_whether_every_page_is_there(path: Path) -> None:
+    mapped = map_file(path)
+    with Toucher() as toucher:
+        assert toucher.touch(mapped[:TOUCH_BYTES])
+        assert toucher.touch(mapped[-1:])
+        assert toucher.touch(mapped[5 : TOUCH_BYTES + 5])
+        os.truncate(path, TOUCH_BYTES)
+        assert toucher.touch(mapped[:TOUCH_BYTES])
+        assert not toucher.touch(mapped[5000 : TOUCH_BYTES + 5000])

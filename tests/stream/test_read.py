@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadstone.errors import TruncatedFile
+from loadstone.errors import TruncatedFile, UnreadableFile
 from loadstone.events import BytesMoved
 from loadstone.stream.convert import bfloat16_to_float32
 from loadstone.stream.memory import Arena, map_file
@@ -76,7 +76,7 @@ def test_a_file_cut_short_is_an_error_that_names_it(data: tuple[Path, np.ndarray
 
 def test_a_missing_file_is_raised_to_whoever_waits(tmp_path: Path) -> None:
     batch = Reader().submit([Fill(file=tmp_path / "gone", offset=0, nbytes=4, destination=np.zeros(4, np.uint8))])
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(UnreadableFile, match="gone"):
         batch.wait()
 
 
@@ -175,7 +175,7 @@ def test_an_error_of_one_batch_is_raised_to_it_alone(data: tuple[Path, np.ndarra
     destination = np.zeros(content.size, np.uint8)
     good = reader.submit([Fill(file=path, offset=0, nbytes=content.size, destination=destination)])
     good.wait()
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(UnreadableFile, match="gone"):
         bad.wait()
     assert np.array_equal(destination, content)
 
@@ -192,7 +192,7 @@ def test_a_read_error_is_raised_and_the_reader_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", broken)
         batch = reader.submit([Fill(file=path, offset=0, nbytes=9, destination=np.zeros(9, np.uint8))])
-        with pytest.raises(OSError, match="Input/output"):
+        with pytest.raises(UnreadableFile, match=rf"{path.name}: expected to read the file, found: Input/output error"):
             batch.wait()
     destination = np.zeros(9, np.uint8)
     reader.submit([Fill(file=path, offset=0, nbytes=9, destination=destination)]).wait()

@@ -13,7 +13,7 @@ from torch import nn
 
 from loadstone.api.load import Begun
 from loadstone.architecture.blueprint import Blueprint, Surroundings
-from loadstone.architecture.keymap import Assignment, KeyMap
+from loadstone.architecture.keymap import Assignment, KeyMap, Target
 from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
 from loadstone.architecture.plain import PlainModule
 from loadstone.architecture.skeleton import Slot, slots_of
@@ -24,8 +24,9 @@ from loadstone.hardware.measure import cached
 from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.probe import machine
 from loadstone.plan.choose import Choice, choose_device
+from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
-from loadstone.stream.materialize import Materialized, Materializer, Target, torch_dtype
+from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
 from loadstone.units import format_bytes
 
 # How many names a stage shows to those who want to see how loading works.
@@ -42,6 +43,15 @@ class _Mapped:
     slots: Mapping[str, Slot]
     keymap: KeyMap
     targets: Mapping[str, Target]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What the stages decided, for the report."""
+
+    device: Choice
+    foretold: LoadPeak
     notes: tuple[str, ...]
 
 
@@ -69,6 +79,7 @@ def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
         told.text = _keymap_line(mapped.keymap, checkpoint)
         told.lines = _keymap_samples(mapped.keymap)
         notes = (*checkpoint.notes, *mapped.notes)
+        foretold = load_peak(mapped.keymap, checkpoint.tensors, mapped.targets, begun.ahead.is_mappable)
         if not mapped.keymap.conversions:  # what conversions make is known only when they have run
             notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
     with recorder.stage("tensors") as told:
@@ -85,7 +96,7 @@ def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
         told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
-    return module, _reporter(begun, blueprint, module, made, device, notes)
+    return module, _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
 
 
 def _blueprint(begun: Begun) -> Blueprint:
@@ -105,7 +116,7 @@ def _blueprint(begun: Begun) -> Blueprint:
                 architecture=request.architecture,
                 attn_implementation=request.attn_implementation,
                 trust_remote_code=request.trust_remote_code,
-                described_in="the GGUF header" if begun.checkpoint.format is Format.GGUF else "config.json",
+                described_in=_described_in(begun),
             ),
         )
         blueprint = TransformersModel(
@@ -123,6 +134,14 @@ def _blueprint(begun: Begun) -> Blueprint:
             f"{blueprint.chosen_by} -> {described.model_class.__module__}.{blueprint.name}",
         )
     return blueprint
+
+
+def _described_in(begun: Begun) -> str:
+    if begun.checkpoint.format is Format.GGUF:
+        return "the GGUF header"
+    if begun.checkpoint.params is not None and not (begun.checkpoint.root / "config.json").exists():
+        return "params.json"
+    return "config.json"
 
 
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
@@ -243,8 +262,7 @@ def _reporter(
     blueprint: Blueprint,
     module: nn.Module,
     made: Materialized,
-    device: Choice,
-    notes: tuple[str, ...],
+    told: _Told,
 ) -> FinishReport:
     tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
 
@@ -257,7 +275,7 @@ def _reporter(
             num_parameters=sum(parameter.numel() for parameter in module.parameters()),
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             dtype=begun.dtype,
-            device=device,
+            device=told.device,
             attention=_attention(begun, module),
             phases=tuple(begun.recorder.finished),
             seconds=seconds,
@@ -269,8 +287,9 @@ def _reporter(
             before=begun.before,
             peak=peak,
             rates=cached(begun.checkpoint.files[0].path, cache_folder()),
-            cuda=_cuda_memory(device.value),
-            notes=notes,
+            foretold=told.foretold,
+            cuda=_cuda_memory(told.device.value),
+            notes=told.notes,
         )
 
     return finish

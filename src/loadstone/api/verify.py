@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from loadstone.checkpoint.excerpt import Excerpt
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.known_hashes import KnownHash, known_hashes
 from loadstone.checkpoint.layout import Weights, weights_at, weights_in
 from loadstone.checkpoint.manifest import NAME as MANIFEST
 from loadstone.checkpoint.open import open_checkpoint
-from loadstone.checkpoint.resolve import Source, resolve
+from loadstone.checkpoint.resolve import Resolved, Source, resolve
 from loadstone.checkpoint.sharded import honour
-from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import DownloadFailed, LoadstoneError, MissingShard, NotACheckpoint, SourceNotFound
 from loadstone.events import Observer, ignore
 from loadstone.report.verification import Verdict, Verification, VerifiedFile
@@ -47,6 +47,8 @@ def verify(
     source: Source,
     *,
     structure_only: bool = False,
+    subfolder: str | None = None,
+    variant: str | None = None,
     local_files_only: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -62,6 +64,8 @@ def verify(
     Args:
         source: as for `loadstone.load`.
         structure_only: read only headers; no content is hashed.
+        subfolder: a folder inside the source, such as a component of a diffusers pipeline.
+        variant: the `fp16` of files named `model.fp16.safetensors`.
         local_files_only: never ask the network.
         revision: the branch, tag or commit of a hub id.
         token: a hub token for gated models.
@@ -83,7 +87,7 @@ def verify(
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
     observer = progress or ignore
-    structure = _structure(source, access, observer)
+    structure = _structure(source, access, Excerpt(subfolder=subfolder or "", variant=variant), observer)
     known: Mapping[Path, tuple[KnownHash, ...]] = {}
     try:
         known = known_hashes(structure.root, structure.files)
@@ -103,30 +107,29 @@ def verify(
     )
 
 
-def _structure(source: Source, access: HubAccess, observer: Observer) -> _Structure:
-    def opened(what: Source) -> Checkpoint:
-        return open_checkpoint(
-            what, revision=access.revision, local_files_only=access.local_files_only, hub=access, observer=observer
-        )
-
+def _structure(source: Source, access: HubAccess, excerpt: Excerpt, observer: Observer) -> _Structure:
     try:
-        checkpoint = opened(source)
+        checkpoint = open_checkpoint(
+            source,
+            revision=access.revision,
+            local_files_only=access.local_files_only,
+            hub=access,
+            observer=observer,
+            excerpt=excerpt,
+        )
     except DownloadFailed:
         raise
     except LoadstoneError as error:
-        return _one_by_one(source, access, opened, error)
+        return _one_by_one(resolve(source, access, observer, excerpt), excerpt.variant, error)
     files = [file.path for file in checkpoint.files]
     return _Structure(root=checkpoint.root, files=files, num_tensors=len(checkpoint.tensors))
 
 
-def _one_by_one(
-    source: Source, access: HubAccess, opened: Callable[[Source], Checkpoint], first: LoadstoneError
-) -> _Structure:
+def _one_by_one(resolved: Resolved, variant: str | None, first: LoadstoneError) -> _Structure:
     """Something is wrong: look at each file by itself, so that every fault is told."""
-    resolved = resolve(source, access)
     structure = _Structure(root=resolved.root, files=[])
     try:
-        weights = _weights(resolved.root, resolved.files)
+        weights = _weights(resolved, variant)
     except (NotACheckpoint, SourceNotFound):
         raise first from None
     except LoadstoneError as error:
@@ -137,7 +140,7 @@ def _one_by_one(
         try:
             if not os.path.lexists(path):
                 raise MissingShard(f"{path}: expected a file, found nothing there; download what is missing.")
-            tensors = opened(path).tensors
+            tensors = open_checkpoint(path).tensors
             if weights.index is not None:
                 tensors = honour(weights.index, list(weights.index.shards)[position], tensors)
             structure.num_tensors += len(tensors)
@@ -148,9 +151,10 @@ def _one_by_one(
     return structure
 
 
-def _weights(root: Path, files: tuple[Path, ...] | None) -> Weights:
+def _weights(resolved: Resolved, variant: str | None) -> Weights:
+    files = resolved.files
     if files is None:
-        return weights_in(root)
+        return weights_in(resolved.root, variant)
     return weights_at(files[0]) if len(files) == 1 else Weights(files=files)
 
 

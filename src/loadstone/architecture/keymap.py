@@ -19,6 +19,14 @@ RenameRules = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a place in the module wants: its shape and the dtype (torch's name) it is loaded in."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One checkpoint tensor that fills a module tensor, or a contiguous stretch of it.
 
@@ -43,6 +51,11 @@ class Assignment:
 
     target: str
     parts: tuple[Part, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its parts are contiguous stretches that are not rearranged."""
+        return all(part.layout is None and part.index is None for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadstone.errors import LoadstoneError, NotACheckpoint, SourceNotFound, TruncatedFile
+from loadstone.checkpoint.values import CheckpointFile, FileVersion
+from loadstone.errors import FileChanged, LoadstoneError, NotACheckpoint, SourceNotFound, TruncatedFile, UnreadableFile
 from loadstone.units import format_bytes, format_name
 
 # Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md (the first line of every pointer)
@@ -38,11 +39,13 @@ class OpenFile:
         path: where it lies.
         fd: its descriptor, closed when the `with` ends.
         nbytes: its size.
+        version: which file it is.
     """
 
     path: Path
     fd: int
     nbytes: int
+    version: FileVersion
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` at `offset`.
@@ -85,9 +88,40 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
             raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass a weight file.")
-        yield OpenFile(path=path, fd=fd, nbytes=status.st_size)
+        yield OpenFile(path=path, fd=fd, nbytes=status.st_size, version=_version(status))
     finally:
         os.close(fd)
+
+
+def check_unchanged(files: Iterable[CheckpointFile]) -> None:
+    """Check that files are still those whose headers were read.
+
+    Raises:
+        UnreadableFile: one is gone.
+        FileChanged: one was replaced, cut short or written to.
+    """
+    for file in files:
+        try:
+            version = _version(file.path.stat())
+        except OSError as error:
+            raise unreadable(file.path, error) from None
+        if file.version is not None and version != file.version:
+            raise FileChanged(
+                f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
+                f"replaced or written to meanwhile ({version.nbytes:,} bytes now); load it again."
+            )
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableFile:
+    """The fault of a file whose header was read and that the system does not let be read now."""
+    return UnreadableFile(
+        f"{path}: expected to read the file, found: {error.strerror or error}; check that it is still there, who may "
+        "read it, and the disk."
+    )
+
+
+def _version(status: os.stat_result) -> FileVersion:
+    return FileVersion(device=status.st_dev, inode=status.st_ino, nbytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 class _DuplicateKeyError(ValueError):

@@ -235,18 +235,18 @@ def _state_dict(path: Path, root: Any) -> tuple[dict[str, TensorRef], tuple[str,
             raise NotACheckpoint(
                 f"{path}: expected a dictionary of tensors, found a single {_kind(root)}; save a state_dict."
             )
-        tensors = {name: value for name, value in root.items() if type(value) is TensorRef}
-        left_out = [name for name in root if name not in tensors]
-        if tensors:
+        wrapper = next((name for name in WRAPPERS if _holds_tensors(root.get(name))), None)
+        if wrapper is None:
+            tensors = {name: value for name, value in root.items() if type(value) is TensorRef}
+            left_out = [name for name in root if name not in tensors]
+            if not tensors:
+                break
             if left_out:
                 notes.append(
                     f"{path.name}: {len(left_out)} entries are no tensors and were left out: {_names(left_out)}"
                 )
             return tensors, tuple(notes)
-        wrapper = next((name for name in WRAPPERS if isinstance(root.get(name), dict)), None)
-        if wrapper is None:
-            break
-        beside = [name for name in left_out if name != wrapper]
+        beside = [name for name in root if name != wrapper]
         notes.append(
             f"{path.name}: the tensors lie under {wrapper!r}"
             + (f"; left out beside it: {_names(beside)}" if beside else "")
@@ -256,6 +256,17 @@ def _state_dict(path: Path, root: Any) -> tuple[dict[str, TensorRef], tuple[str,
         f"{path}: expected tensors by name, or a dictionary of them under {', '.join(WRAPPERS)}; found "
         f"{_names(list(root)) or 'an empty dictionary'}; save the state_dict alone."
     )
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether this is a dictionary of tensors, or wraps one; a counter that is a tensor may lie beside the wrapper."""
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(value, dict):
+            return False
+        if any(type(item) is TensorRef for item in value.values()):
+            return True
+        value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), None)
+    return False
 
 
 def _names(names: list[str]) -> str:

@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from loadstone.dtypes import DTYPES
+
 
 class Format(Enum):
     """How the weights are stored."""
@@ -47,13 +49,42 @@ class TensorInfo:
         """The number of elements."""
         return prod(self.shape)
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether it begins at a multiple of its elements' size."""
+        return self.offset % max(1, DTYPES[self.dtype].bits // 8) == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileVersion:
+    """What tells a file from one that took its place, and from itself after it was written to.
+
+    Attributes:
+        device: the number of its file system.
+        inode: its number there.
+        nbytes: its size.
+        mtime_ns: when it was last written to, in nanoseconds.
+    """
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFile:
-    """One weight file: its path and its size in bytes."""
+    """One weight file.
+
+    Attributes:
+        path: where it lies.
+        nbytes: its size.
+        version: which one it was when its header was read; None where nobody looked.
+    """
 
     path: Path
     nbytes: int
+    version: FileVersion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +99,7 @@ class Checkpoint:
         metadata: what the headers say beside tensors; for GGUF all key-value pairs.
         config: the parsed config.json, or the one implied by GGUF metadata; None where there is none.
         generation_config: the parsed generation_config.json, if any.
+        params: the parsed params.json, where the tensors have the names of Meta's layout.
         notes: what was noticed while opening, for the report.
     """
 
@@ -78,6 +110,7 @@ class Checkpoint:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
+    params: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -16,6 +16,8 @@ loadstone verify ./Qwen2.5-7B-Instruct
 
 loadstone verify Qwen/Qwen2.5-7B-Instruct --local-files-only
 
+loadstone verify ./stable-diffusion-3.5-medium --subfolder transformer
+
 loadstone verify model.gguf --structure-only
 
 loadstone verify ./Qwen2.5-7B-Instruct --json | jq .faults
@@ -28,6 +30,8 @@ def verify_command(
         bool, typer.Option("--structure-only", help="Read only headers; hash no content.")
     ] = False,
     revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    variant: options.Variant = None,
     local_files_only: options.LocalOnly = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -45,6 +49,8 @@ def verify_command(
             source or str(demo_model(observer)),
             structure_only=structure_only,
             revision=revision,
+            subfolder=subfolder,
+            variant=variant,
             local_files_only=local_files_only,
             progress=observer,
         )

@@ -11,6 +11,7 @@ from loadstone.events import StageFinished
 from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.spec import Rates
 from loadstone.plan.choose import Choice
+from loadstone.plan.load_peak import LoadPeak
 from loadstone.units import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class LoadReport:
         read_s: how long that took; it runs while torch is imported.
         before: resident memory when the load began.
         peak: the most resident memory during the load.
+        foretold: what the load itself would take of the host's memory at most, computed before it read a tensor.
         rates: what the machine was measured to do at best; None where it was not measured.
         cuda: the allocator's figures, on CUDA.
         notes: what was noticed.
@@ -82,6 +84,7 @@ class LoadReport:
     read_s: float
     before: ResidentBytes
     peak: ResidentBytes
+    foretold: LoadPeak
     rates: Rates | None = None
     cuda: CudaMemory | None = None
     notes: tuple[str, ...] = ()
@@ -150,7 +153,8 @@ def _facts(report: LoadReport) -> Iterator[tuple[str, str]]:
     yield (
         "memory",
         f"peak {format_bytes(report.peak.anonymous_bytes)} anonymous "
-        f"({format_bytes(report.before.anonymous_bytes)} before), {format_bytes(report.peak.file_bytes)} file-backed",
+        f"({format_bytes(report.before.anonymous_bytes)} before), {format_bytes(report.peak.file_bytes)} file-backed; "
+        f"the load itself was to take at most {format_bytes(report.foretold.anonymous_bytes)} anonymous",
     )
     if report.cuda is not None:
         yield (

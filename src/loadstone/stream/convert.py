@@ -76,6 +76,11 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("float32", "float64"): _between(np.float32, np.float64),
     ("float16", "bfloat16"): _through_float32(_between(np.float16, np.float32), float32_to_bfloat16, 16),
     ("bfloat16", "float16"): _through_float32(bfloat16_to_float32, _between(np.float32, np.float16), 16),
+    ("bfloat16", "float64"): _through_float32(bfloat16_to_float32, _between(np.float32, np.float64), 16),
+    ("float16", "float64"): _between(np.float16, np.float64),
+    # Rounded twice, as torch does.
+    ("float64", "bfloat16"): _through_float32(_between(np.float64, np.float32), float32_to_bfloat16, 64),
+    ("float64", "float16"): _through_float32(_between(np.float64, np.float32), _between(np.float32, np.float16), 64),
 }
 
 

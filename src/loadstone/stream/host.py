@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from loadstone.events import Observer
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for
 from loadstone.stream.dequantize import dequantize
-from loadstone.stream.memory import Arena, Bytes, map_file
+from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.read import Batch, Fill, Reader
 
 _BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
+# A gap between tensors that is shorter costs more to step over than to bring in.
+_WORTH_SKIPPING = 1 << 16
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
@@ -45,26 +47,52 @@ class FileMaps:
         """The stored bytes of a tensor, as a view of the map."""
         mapped = self.whole(info.file)
         if info.offset + info.nbytes > mapped.size:
-            raise TruncatedFile(
-                f"{info.file}: {info.name} ends at byte {info.offset + info.nbytes:,}, but the file now has "
-                f"{mapped.size:,}; it was cut short after it was opened. Download it again."
-            )
+            raise _cut_short(info, mapped.size)
         return mapped[info.offset : info.offset + info.nbytes]
+
+
+def _cut_short(info: TensorInfo, found_bytes: int) -> TruncatedFile:
+    return TruncatedFile(
+        f"{info.file}: {info.name} ends at byte {info.offset + info.nbytes:,}, but the file now has {found_bytes:,}; "
+        "it was cut short after it was opened. Download it again."
+    )
 
 
 def is_mappable(info: TensorInfo, dtype: str) -> bool:
     """Whether the bytes in the file are what memory must hold: same dtype, plain, contiguous, aligned."""
-    width = max(1, DTYPES[info.dtype].bits // 8)
-    return info.encoding is None and info.dtype == dtype and info.strides is None and info.offset % width == 0
+    return info.encoding is None and info.dtype == dtype and info.strides is None and info.is_aligned
 
 
-def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
+def stretches(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
+    """The parts of files that hold tensors, as (file, begin, end): what lies between them is not brought in.
+
+    A checkpoint of which a part is loaded, or one with optimizer states, has long stretches that nobody asks for.
+    """
+    places: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        if info.nbytes:
+            places.setdefault(info.file, []).append((info.offset, info.offset + info.nbytes))
+    found: list[tuple[Path, int, int]] = []
+    for path, spans in places.items():
+        spans.sort()
+        start, stop = spans[0]
+        for begin, end in spans:
+            if begin - stop > _WORTH_SKIPPING:
+                found.append((path, start, stop))
+                start = begin
+            stop = max(stop, end)
+        found.append((path, start, stop))
+    return found
+
+
+def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = True) -> Fill | None:
     """How to read a tensor into `destination` as `dtype`.
 
     Args:
         info: the tensor.
         dtype: torch's name of the wanted dtype.
-        destination: fresh zeroed bytes, exactly as many as the tensor takes in that dtype.
+        destination: bytes, exactly as many as the tensor takes in that dtype.
+        fresh: they are zeroed and were never touched.
 
     Returns:
         None where torch must do it: strided tensors, and casts that numpy does not have.
@@ -76,7 +104,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel = _decoder(info.encoding, dtype)
         widths = (block.block_nbytes * 8, block.block_numel * DTYPES[dtype].bits)
     else:
-        kernel = kernel_for(info.dtype, dtype, fresh=True)
+        kernel = kernel_for(info.dtype, dtype, fresh=fresh)
         widths = (DTYPES[info.dtype].bits, DTYPES[dtype].bits)
     if kernel is None:
         return None
@@ -88,6 +116,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel=kernel,
         source_bits=widths[0],
         destination_bits=widths[1],
+        fresh=fresh,
     )
 
 
@@ -169,13 +198,35 @@ class Ahead:
             self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
         self._batch = self.reader.submit(fills)
-        ranges = [self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files]
+        ranges = [
+            (path, self.maps.whole(path)[begin:end])
+            for path, begin, end in stretches(checkpoint.tensors.values())
+            if path not in self._unmapped | decoded_files
+        ]
         if ranges:
             self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""
         return info.file not in self._unmapped and is_mappable(info, dtype)
+
+    def stored(self, info: TensorInfo) -> Bytes:
+        """The stored bytes of a tensor, for whoever works on them now: a view whose pages are there, or a copy.
+
+        Raises:
+            TruncatedFile: the file was cut short after it was opened.
+            UnreadableFile: it cannot be read any more.
+        """
+        if info.file in self._unmapped:
+            data = self.arena.take(info.nbytes)
+            self.reader.submit([Fill(file=info.file, offset=info.offset, nbytes=info.nbytes, destination=data)]).wait()
+            return data
+        data = self.maps.bytes_of(info)
+        with Toucher() as toucher:
+            for begin in range(0, data.size, TOUCH_BYTES):
+                if not toucher.touch(data[begin : begin + TOUCH_BYTES]):
+                    raise _cut_short(info, info.file.stat().st_size)
+        return data
 
     @property
     def read_bytes(self) -> int:
@@ -203,7 +254,11 @@ class Ahead:
             self._batch.wait()
 
     def wait_for_pages(self) -> None:
-        """Return when the mapped bytes are in memory too."""
+        """Return when the mapped bytes are in memory too.
+
+        Raises:
+            TruncatedFile: a file was cut short meanwhile.
+        """
         if self._prefault is not None:
             self._prefault.wait()
 

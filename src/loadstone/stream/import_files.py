@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadstone.errors import TruncatedFile
+from loadstone.errors import LoadstoneError
 from loadstone.stream.memory import is_cached, map_file
 
 _STEP_BYTES = 8 << 20
@@ -86,7 +86,7 @@ def _is_cold(path: str) -> bool:
     """Whether a file is there and would have to be read from the disk."""
     try:
         return not is_cached(map_file(Path(path)))
-    except (OSError, TruncatedFile):
+    except LoadstoneError:
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from loadstone.architecture.gguf import apply_layout
-from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part
+from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part, Target
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.errors import UnsupportedDtype
@@ -19,14 +20,6 @@ from loadstone.stream.host import Ahead, fill_for
 from loadstone.stream.memory import Bytes
 from loadstone.stream.read import Batch, Fill, Reader
 from loadstone.stream.transfer import LockedStaging, device_fill, link_for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a place in the module wants: its shape and the dtype (torch's name) it is loaded in."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(slots=True)
@@ -56,6 +49,14 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedDtype(f"dtype {name}: torch {torch.__version__} does not have it; a newer torch may.")
     return dtype
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if not hasattr(torch, info.dtype):
+        raise UnsupportedDtype(
+            f"{info.file}, tensor {info.name!r}: torch {torch.__version__} does not have its dtype {info.dtype}; a "
+            "newer torch may. Leave the tensor out with select=, or use another version of this checkpoint."
+        )
 
 
 def as_tensor(data: Bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
@@ -95,18 +96,31 @@ class Materializer:
         later: list[tuple[Assignment, Target]] = []
         plan = self._send if self._link is not None else self._fill
         for assignment in keymap.assignments:
+            for part in assignment.parts:
+                _check_dtype(self._tensors[part.source])
             target = targets[assignment.target]
             if not plan(assignment, target, fills):
                 later.append((assignment, target))
         batch = self._read(fills)
         self._ahead.wait()
+        # What was decoded to be worked on is dropped after its last use, so that it lies beside one result, not all.
+        uses = Counter(part.source for assignment, _ in later for part in assignment.parts)
+        uses.update(name for conversion in keymap.conversions for name in conversion.sources)
         for assignment, target in later:
             self._made.tensors[assignment.target] = self._compose(assignment, target)
+            self._drop_used(uses, [part.source for part in assignment.parts])
         for conversion in keymap.conversions:
             self._convert(conversion)
+            self._drop_used(uses, conversion.sources)
         self._made.read_bytes = batch.done_bytes + self._ahead.read_bytes
         self._made.read_s = batch.seconds + self._ahead.read_s
         return self._made
+
+    def _drop_used(self, uses: Counter[str], names: Sequence[str]) -> None:
+        uses.subtract(names)
+        for name in names:
+            if not uses[name]:
+                self._ahead.decoded.pop(name, None)
 
     def _read(self, fills: Sequence[Fill]) -> Batch:
         """Run fills to their end."""
@@ -136,19 +150,20 @@ class Materializer:
             dtype: cast to this dtype; None keeps the stored one (float32 for GGUF blocks).
         """
         info = self._tensors[name]
+        _check_dtype(info)
         dtype = dtype or info.dtype
         ready = self._ahead.decoded.get(name)
         if ready is not None and ready.dtype == dtype:
             self._ahead.wait()
             return as_tensor(ready.data, dtype, info.shape)
         if self._ahead.is_mappable(info, dtype):
-            return as_tensor(self._ahead.maps.bytes_of(info), dtype, info.shape)
+            return as_tensor(self._ahead.stored(info), dtype, info.shape)
         if info.encoding is not None:
             return self._decode(info, dtype)
         return self._stored(info).to(torch_dtype(dtype))
 
     def _stored(self, info: TensorInfo) -> torch.Tensor:
-        data = self._ahead.maps.bytes_of(info)
+        data = self._ahead.stored(info)
         width = max(1, DTYPES[info.dtype].bits // 8)
         if data.ctypes.data % width:
             data = data.copy()
@@ -161,14 +176,14 @@ class Materializer:
         fill = fill_for(info, dtype, data)
         if fill is None:
             return self._decode(info, "float32").to(torch_dtype(dtype))
-        fill.kernel(self._ahead.maps.bytes_of(info), data)
+        fill.kernel(self._ahead.stored(info), data)
         return as_tensor(data, dtype, info.shape)
 
     def _fill(self, assignment: Assignment, target: Target, fills: list[Fill]) -> bool:
         """On the host: a view where nothing changes, otherwise parts that a kernel reads into the final memory."""
         if self._view(assignment, target):
             return True
-        if self._device.type != "cpu" or not _is_plain(assignment):
+        if self._device.type != "cpu" or not assignment.is_plain:
             return False
         data = self._ahead.arena.take(nbytes_of(DTYPES[target.dtype], prod(target.shape)))
         planned = []
@@ -185,7 +200,7 @@ class Materializer:
     def _view(self, assignment: Assignment, target: Target) -> bool:
         """A whole tensor that needs no work: take it where it lies."""
         first = assignment.parts[0]
-        if len(assignment.parts) != 1 or not _is_plain(assignment):
+        if len(assignment.parts) != 1 or not assignment.is_plain:
             return False
         info = self._tensors[first.source]
         if info.numel != prod(target.shape):
@@ -194,7 +209,9 @@ class Materializer:
         if ready is not None and ready.dtype == target.dtype:
             tensor = as_tensor(ready.data, target.dtype, target.shape)
         elif self._ahead.is_mappable(info, target.dtype):
-            tensor = as_tensor(self._ahead.maps.bytes_of(info), target.dtype, target.shape)
+            # Only a CPU's tensor stays a view; elsewhere it is read now.
+            data = self._ahead.maps.bytes_of(info) if self._device.type == "cpu" else self._ahead.stored(info)
+            tensor = as_tensor(data, target.dtype, target.shape)
             self._made.mapped_bytes += info.nbytes
         else:
             return False
@@ -207,7 +224,7 @@ class Materializer:
         """To a device: plain parts are read into page-locked memory, sent as stored, and cast over there."""
         infos = [self._tensors[part.source] for part in assignment.parts]
         stored = all(info.encoding is None and info.strides is None and DTYPES[info.dtype].bits >= 8 for info in infos)
-        if self._link is None or not stored or not _is_plain(assignment):
+        if self._link is None or not stored or not assignment.is_plain:
             return False
         wanted = torch_dtype(target.dtype)
         whole = torch.empty(target.shape, dtype=wanted, device=self._device)
@@ -251,11 +268,6 @@ class Materializer:
         sources = [self.source(name, dtype) for name, dtype in zip(conversion.sources, conversion.dtypes, strict=True)]
         for fqn, tensor in conversion.run(sources).items():
             self._made.tensors[fqn] = tensor.to(self._device)
-
-
-def _is_plain(assignment: Assignment) -> bool:
-    """Whether its parts are contiguous stretches that are not rearranged."""
-    return all(part.layout is None and part.index is None for part in assignment.parts)
 
 
 def _rearranged(layout: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,12 @@ import mmap
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loadstone.checkpoint.files import open_regular
 from loadstone.errors import TruncatedFile
 
 # From include/uapi/linux/mman.h and asm-generic/mman-common.h; Python's mmap module lacks the last ones.
@@ -27,6 +28,8 @@ Bytes = NDArray[np.uint8]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+_libc.writev.restype = ctypes.c_ssize_t
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
@@ -44,21 +47,18 @@ def map_file(path: Path) -> Bytes:
 
     Raises:
         TruncatedFile: it is empty.
+        SourceError: it is gone, or may not be read any more.
     """
-    with path.open("rb") as file:
-        nbytes = os.fstat(file.fileno()).st_size
-        if nbytes == 0:
+    with open_regular(path) as file:
+        if file.nbytes == 0:
             raise TruncatedFile(f"{path}: expected weights, found an empty file; download it again.")
         try:
             mapped = mmap.mmap(
-                file.fileno(),
-                nbytes,
-                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                file.fd, file.nbytes, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
             )
         except OSError:
             # vm.overcommit_memory=2 counts private maps all the same. A shared read-only map never counts.
-            return _as_writable(mmap.mmap(file.fileno(), nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+            return _as_writable(mmap.mmap(file.fd, file.nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
     return np.frombuffer(mapped, np.uint8)
 
 
@@ -86,6 +86,50 @@ def populate(array: Bytes, *, write: bool = False) -> None:
         write: make them writable, as fresh memory must be, instead of only reading them in.
     """
     _advise(array, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
+
+
+TOUCH_BYTES = 2 << 20
+# Where the pages of a stretch begin; one page more for a stretch that is not aligned.
+_PAGES = np.arange(TOUCH_BYTES // PAGE_BYTES + 1, dtype=np.uint64) * np.uint64(PAGE_BYTES)
+
+
+class Toucher:
+    """Touches mapped files for one thread, by having the kernel copy a byte of each page.
+
+    Where a process that reads a page that is gone is ended by SIGBUS, the kernel says so.
+    """
+
+    def __init__(self) -> None:
+        # An `iovec` for each page: its address, and one byte. https://man7.org/linux/man-pages/man3/iovec.3type.html
+        self._pieces = np.ones((_PAGES.size, 2), np.uint64)
+        self._sink = os.memfd_create("loadstone-touch") if hasattr(os, "memfd_create") else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sink is not None:
+            os.close(self._sink)
+
+    def touch(self, array: Bytes) -> bool:
+        """Bring in a stretch of a mapped file, and touch each of its pages.
+
+        Args:
+            array: at most `TOUCH_BYTES` bytes of a map.
+
+        Returns:
+            Whether all of it is there; not so if the file was cut short after it was mapped.
+        """
+        populate(array)
+        if self._sink is None:
+            array[::PAGE_BYTES].max(initial=0)
+            return True
+        begin = array.ctypes.data
+        aligned = begin - begin % PAGE_BYTES
+        count = -(-(begin + array.nbytes - aligned) // PAGE_BYTES)
+        np.add(_PAGES, np.uint64(aligned), out=self._pieces[:, 0])
+        os.lseek(self._sink, 0, os.SEEK_SET)
+        return bool(_libc.writev(self._sink, self._pieces.ctypes.data, count) == count)
 
 
 def cached_part(array: Bytes) -> float:

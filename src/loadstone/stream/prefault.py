@@ -1,10 +1,10 @@
 """Bring mapped files in from the disk, and into the page tables, before somebody waits for them.
 
 A few threads walk the very maps that the parameters are views of: each populates a step, which reads the disk, and then
-touches each page of it, which on virtual machines makes the host back the page (left to the forward, that took up to 5
-of its 6 seconds). Where torch has to be imported, the time goes by meanwhile; what is left is waited for at the end of
-the load: a forward that runs after its weights asks for pages here and there, and took up to 4.6 s where waiting first
-takes 2.7 in all.
+has each page of it touched, which on virtual machines makes the host back the page (left to the forward, that took up
+to 5 of its 6 seconds). Where torch has to be imported, the time goes by meanwhile; what is left is waited for at the
+end of the load: a forward that runs after its weights asks for pages here and there, and took up to 4.6 s where waiting
+first takes 2.7 in all.
 
 Where torch is imported already, two things differ (3.1 GB, cold: 1.8 s instead of 3.3). One more thread asks the
 kernel to read far ahead, which keeps the disk busy, and the imports from it where there are some. And what the page
@@ -16,12 +16,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved, Observer
 from loadstone.hardware.memory import num_cores
-from loadstone.stream.memory import PAGE_BYTES, Bytes, is_cached, populate, will_need
+from loadstone.stream.memory import TOUCH_BYTES, Bytes, Toucher, is_cached, will_need
 
-_STEP_BYTES = 2 << 20
 _MAX_THREADS = 4
 _TELL_BYTES = 64 << 20
 
@@ -30,7 +31,7 @@ class Prefault:
     """Background population of mapped bytes; harmless to abandon.
 
     Args:
-        ranges: stretches of maps, in the order they are wanted.
+        ranges: stretches of mapped files, in the order they are wanted.
         beside_imports: torch is being imported meanwhile.
         observer: is told about bytes.
 
@@ -39,14 +40,15 @@ class Prefault:
         seconds: how long that took, what ran meanwhile included.
     """
 
-    def __init__(self, ranges: Sequence[Bytes], *, beside_imports: bool, observer: Observer) -> None:
+    def __init__(self, ranges: Sequence[tuple[Path, Bytes]], *, beside_imports: bool, observer: Observer) -> None:
         self.done_bytes = 0
         self.seconds = 0.0
-        self._ranges = [mapped for mapped in ranges if beside_imports or not is_cached(mapped)]
-        self._total_bytes = sum(mapped.size for mapped in self._ranges)
+        self._ranges = [(path, mapped) for path, mapped in ranges if beside_imports or not is_cached(mapped)]
+        self._total_bytes = sum(mapped.size for _, mapped in self._ranges)
         self._start = time.perf_counter()
         self._observer = observer
         self._steps = _steps(self._ranges)
+        self._cut_short: Path | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         work = [self._work] * min(_MAX_THREADS, max(2, num_cores()))
@@ -62,25 +64,38 @@ class Prefault:
         self._stopped.set()
 
     def wait(self) -> None:
-        """Return when all of it is in."""
+        """Return when all of it is in.
+
+        Raises:
+            TruncatedFile: a file was cut short meanwhile.
+        """
         for thread in self._threads if self._ranges else ():
             thread.join()
+        if self._cut_short is not None:
+            raise TruncatedFile(
+                f"{self._cut_short}: expected the file as it was when it was opened, found that it was cut short "
+                "while it was loaded; copy or download it again."
+            )
 
     def _work(self) -> None:
-        while (step := self._next()) is not None:
-            populate(step)
-            step[::PAGE_BYTES].max()
-            self._tell(step.size)
+        with Toucher() as toucher:
+            while (step := self._next()) is not None:
+                path, stretch = step
+                if not toucher.touch(stretch):
+                    self._cut_short = path
+                    self.stop()
+                    return
+                self._tell(stretch.size)
 
-    def _next(self) -> Bytes | None:
+    def _next(self) -> tuple[Path, Bytes] | None:
         with self._lock:
             return None if self._stopped.is_set() else next(self._steps, None)
 
     def _read_ahead(self) -> None:
-        for step in _steps(self._ranges):
+        for _, stretch in _steps(self._ranges):
             if self._stopped.is_set():
                 return
-            will_need(step)
+            will_need(stretch)
 
     def _tell(self, nbytes: int) -> None:
         with self._lock:
@@ -91,7 +106,7 @@ class Prefault:
             self._observer(event)
 
 
-def _steps(ranges: Sequence[Bytes]) -> Iterator[Bytes]:
-    for mapped in ranges:
-        for begin in range(0, mapped.size, _STEP_BYTES):
-            yield mapped[begin : begin + _STEP_BYTES]
+def _steps(ranges: Sequence[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:
+    for path, mapped in ranges:
+        for begin in range(0, mapped.size, TOUCH_BYTES):
+            yield path, mapped[begin : begin + TOUCH_BYTES]

@@ -120,7 +120,7 @@ class Batch:
 
         Raises:
             TruncatedFile: a file ended early.
-            OSError: a file could not be read.
+            UnreadableFile: a file could not be read.
         """
         self._over.wait()
         if self._error is not None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from loadstone.errors import TruncatedFile
+from loadstone.checkpoint.files import unreadable
+from loadstone.errors import LoadstoneError, TruncatedFile
 from loadstone.hardware.memory import num_cores
 from loadstone.hardware.storage import Storage, storages_of
 from loadstone.stream.memory import PAGE_BYTES, Bytes, cached_part, map_file
@@ -84,7 +85,7 @@ def manners_of(paths: Iterable[Path]) -> dict[Path, Manner]:
     for path, storage in storages_of(paths).items():
         try:
             manners[path] = choose_manner(storage, cached_part(map_file(path)), num_cores())
-        except (OSError, TruncatedFile):
+        except (OSError, LoadstoneError):
             manners[path] = Manner(mode=Mode.BUFFERED, num_threads=1, reason="it cannot be probed")
     return manners
 
@@ -100,12 +101,18 @@ class Source:
     Args:
         path: the file.
         mode: where its file system refuses direct reads, the page cache is used all the same.
+
+    Raises:
+        UnreadableFile: it is gone, or may not be read any more.
     """
 
     def __init__(self, path: Path, mode: Mode) -> None:
         self._path = path
-        # O_NONBLOCK: what was a file when its header was read may be a pipe now, which is waited for otherwise.
-        self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            # O_NONBLOCK: what was a file when its header was read may be a pipe now, which is waited for otherwise.
+            self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise unreadable(path, error) from error
         self._direct: int | None = None
         if mode is Mode.DIRECT and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
@@ -133,7 +140,7 @@ class Source:
 
         Raises:
             TruncatedFile: the file ends before.
-            OSError: it cannot be read.
+            UnreadableFile: it cannot be read.
         """
         if not self.is_direct:
             self._read_exactly(offset, destination)
@@ -143,8 +150,12 @@ class Source:
         first, last = -(-offset // ALIGNMENT) * ALIGNMENT, end // ALIGNMENT * ALIGNMENT
         step = staging.size - 2 * ALIGNMENT
         if last - first >= _WORTH_BLOCKS and (destination.ctypes.data - offset) % ALIGNMENT == 0:
-            if self._read_blocks(first, destination[first - offset : last - offset]) < last - first:
-                raise self._cut_short(offset, destination.size, 0)
+            done = self._read_blocks(first, destination[first - offset : last - offset])
+            if done is None:
+                self._read_exactly(offset, destination)
+                return
+            if done < last - first:
+                raise self._cut_short(offset, destination.size, first - offset + done)
         else:
             first = last = end
         for begin, stop in ((offset, first), (last, end)):
@@ -157,18 +168,13 @@ class Source:
 
         Raises:
             TruncatedFile: the file ends before.
-            OSError: it cannot be read.
+            UnreadableFile: it cannot be read.
         """
-        if not self._refused:
+        if self.is_direct:
             begin = offset % ALIGNMENT
             end = begin + nbytes
-            try:
-                done = self._read_blocks(offset - begin, staging[: -(-end // ALIGNMENT) * ALIGNMENT])
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._refused = True  # a file system that took the flag but not the read
-            else:
+            done = self._read_blocks(offset - begin, staging[: -(-end // ALIGNMENT) * ALIGNMENT])
+            if done is not None:
                 if done < end:
                     raise self._cut_short(offset, nbytes, max(0, done - begin))
                 return staging[begin:end]
@@ -178,16 +184,30 @@ class Source:
     def _read_exactly(self, offset: int, into: Bytes) -> None:
         view, done = into.data, 0
         while done < len(view):
-            count = os.preadv(self._buffered, [view[done:]], offset + done)
+            try:
+                count = os.preadv(self._buffered, [view[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(self._path, error) from error
             if count == 0:
                 raise self._cut_short(offset, len(view), done)
             done += count
 
-    def _read_blocks(self, offset: int, into: Bytes) -> int:
-        """Read whole aligned blocks; says how many bytes there were, fewer at the end of the file."""
+    def _read_blocks(self, offset: int, into: Bytes) -> int | None:
+        """Read whole aligned blocks, past the page cache.
+
+        Returns:
+            How many bytes there were, fewer at the end of the file; None if the file system took the flag but not the
+            read, and direct reads are over.
+        """
         done = 0
         while done < into.size:
-            count = os.preadv(self._direct or 0, [into.data[done:]], offset + done)
+            try:
+                count = os.preadv(self._direct or 0, [into.data[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise unreadable(self._path, error) from error
+                self._refused = True
+                return None
             done += count
             # A read that ends off a block has met the end of the file; the next one would not be aligned.
             if count == 0 or count % ALIGNMENT:

@@ -1,0 +1,283 @@
+"""The plan of a run: what lies where, what it costs, what it needs at most, and why. Values only, made from headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+DISK = "disk"
+HOST = "cpu"
+
+
+class UnitKind(Enum):
+    """What a unit is in the walk over the model."""
+
+    EMBEDDING = "embedding"
+    BLOCK = "block"
+    EXPERT = "expert"
+    HEAD = "head"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Tensors that are placed together.
+
+    Attributes:
+        name: the common start of their names in the module, `model.layers.3`, or of an expert's, `...experts.7`.
+        kind: what it is.
+        order: its place in execution, from 0; experts have the order of their block.
+        tensors: their names in the checkpoint; tied names are in one unit.
+        num_parameters: their elements, tied ones counted once.
+        stored_bytes: what they take in the files.
+        memory_bytes: what they take in memory, in the dtype they are computed in.
+        mappable_bytes: the part of `memory_bytes` that can be used where it lies in the files.
+        largest_bytes: the largest of their tensors in memory.
+        use_share: the part of the unit that one token touches: 1 for a block, a row's share for an embedding, the
+            chosen share for experts.
+    """
+
+    name: str
+    kind: UnitKind
+    order: int
+    tensors: tuple[str, ...]
+    num_parameters: int
+    stored_bytes: int
+    memory_bytes: int
+    mappable_bytes: int
+    largest_bytes: int
+    use_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the model is to be used for.
+
+    Attributes:
+        context: the tokens of prompt and answer together, of one sequence.
+        batch: sequences at a time.
+        prompt_tokens: of one sequence, computed in one pass.
+    """
+
+    context: int = 4096
+    batch: int = 1
+    prompt_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Memory of one device that is not weights, in bytes; each is an upper bound.
+
+    Attributes:
+        kv_cache_bytes: keys and values of every layer that computes there, at full context and batch.
+        activation_bytes: what lies between the operations of one pass, at the most.
+        logits_bytes: scores over the vocabulary.
+        slot_bytes: the ring that streamed units are read into.
+        workspace_bytes: casts, staging buffers, and what loading itself needs beside the weights.
+    """
+
+    kv_cache_bytes: int = 0
+    activation_bytes: int = 0
+    logits_bytes: int = 0
+    slot_bytes: int = 0
+    workspace_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.kv_cache_bytes + self.activation_bytes + self.logits_bytes + self.slot_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where one unit lives and computes.
+
+    Attributes:
+        unit: its name.
+        kind: what it is.
+        order: its place in execution.
+        home: the device id whose memory keeps it, or `disk`.
+        compute: the device id that computes with it.
+        storage_dtype: what is kept at home: a dtype, or a block encoding.
+        compute_dtype: what it is computed in.
+        home_bytes: what it takes at home.
+        moved_bytes: what travels in each pass; 0 where it is resident.
+        mapped: whether it is used where it lies in the files: file-backed memory, which the kernel can drop.
+    """
+
+    unit: str
+    kind: UnitKind
+    order: int
+    home: str
+    compute: str
+    storage_dtype: str
+    compute_dtype: str
+    home_bytes: int
+    moved_bytes: int = 0
+    mapped: bool = False
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether it is brought to its compute device in every pass."""
+        return self.home != self.compute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """What one device holds.
+
+    Attributes:
+        device: its id.
+        name: what its maker calls it.
+        budget_bytes: what the plan may use of it.
+        weight_bytes: of resident units in memory of their own.
+        mapped_bytes: of resident units used where they lie in the files (host only).
+        reservation: everything else.
+        level_bytes: what the process takes before the load, after its imports (host only); it is within the budget.
+    """
+
+    device: str
+    name: str
+    budget_bytes: int
+    weight_bytes: int
+    mapped_bytes: int
+    reservation: Reservation
+    level_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is used of the device, the process's level after imports included."""
+        return self.level_bytes + self.weight_bytes + self.mapped_bytes + self.reservation.total_bytes
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """The most that cannot be dropped, above the process's level after imports."""
+        return self.weight_bytes + self.reservation.total_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the budget."""
+        return self.budget_bytes - self.peak_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One pass through the model, predicted.
+
+    Attributes:
+        tokens: of all sequences, in this pass.
+        compute_s: computing, if everything were resident.
+        transfer_s: moving what is streamed, if nothing were computed.
+        seconds: the pass.
+        bound_by: what it waits for: "compute", "memory", "disk", "link".
+    """
+
+    tokens: int
+    compute_s: float
+    transfer_s: float
+    seconds: float
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """How long things take.
+
+    Attributes:
+        load_s: from headers to the model, imports left out.
+        load_bound_by: what the load waits for.
+        prefill: the pass over the prompt, whose end is the first token.
+        decode: the pass of each further token.
+        measured: whether the rates behind it were measured on this machine, or are typical ones.
+    """
+
+    load_s: float
+    load_bound_by: str
+    prefill: Pass
+    decode: Pass
+    measured: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second over all sequences."""
+        return self.decode.tokens / self.decode.seconds if self.decode.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a plan was made for, to tell later whether it still is.
+
+    Attributes:
+        source: as it was called.
+        architecture: the class that config.json names, or "".
+        num_tensors: of the checkpoint.
+        stored_bytes: of the checkpoint.
+        digest: of the names, dtypes, shapes and places of its tensors, in hex.
+        machine: the devices with their total bytes, by id.
+    """
+
+    source: str
+    architecture: str
+    num_tensors: int
+    stored_bytes: int
+    digest: str
+    machine: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The whole run, before a byte of a tensor is read.
+
+    Attributes:
+        identity: what it was made for.
+        run: context, batch and prompt.
+        dtype: the model's main dtype.
+        placements: every unit once, in execution order.
+        devices: those that hold something, the host last.
+        prediction: how long things take.
+        num_slots: of the ring of streamed units; 0 where nothing is streamed.
+        reasons: the choices in plain sentences.
+        label: what an alternative does differently, "" for the plan that was asked for.
+    """
+
+    identity: Identity
+    run: Run
+    dtype: str
+    placements: tuple[Placement, ...]
+    devices: tuple[DevicePlan, ...]
+    prediction: Prediction
+    num_slots: int = 0
+    reasons: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def streams(self) -> bool:
+        """Whether anything is brought in anew in each pass."""
+        return any(placement.is_streamed for placement in self.placements)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What travels in one pass."""
+        return sum(placement.moved_bytes for placement in self.placements)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a caller of the planner asked for.
+
+    Attributes:
+        run: context, batch and prompt.
+        dtype: as for `loadstone.load`.
+        max_memory: budgets in bytes by device id; devices left out are used up to what is free.
+        device: the one device to use, or None.
+        device_map: in transformers' sense: "auto", a device, or device ids (or "disk") by fqn prefix.
+        offload: whether streaming is allowed.
+    """
+
+    run: Run = field(default_factory=Run)
+    dtype: str | None = None
+    max_memory: Mapping[str, int] = field(default_factory=dict)
+    device: str | None = None
+    device_map: str | Mapping[str, str] | None = None
+    offload: bool = True
