@@ -85,6 +85,6 @@ def _check(parts: Sequence[Checkpoint], joined: Checkpoint) -> None:
     promised = joined.metadata.get("split.tensors.count", len(joined.tensors))
     if promised != len(joined.tensors):
         raise InvalidHeader(
-            f"{joined.files[0].path}: expected {printable(str(promised), 60)} tensors in its {len(parts)} parts, as the "
-            f"header says, found {len(joined.tensors)}; the parts belong to different models, download them again."
+            f"{joined.files[0].path}: expected {printable(str(promised), 60)} tensors in its {len(parts)} parts, as "
+            f"its header says, found {len(joined.tensors)}; the parts belong to different models, download them again."
         )
