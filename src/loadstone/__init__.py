@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from loadstone.api.machine import machine
     from loadstone.api.registry import of
     from loadstone.api.tokenizer import load_tokenizer
+    from loadstone.api.verify import verify
     from loadstone.errors import LoadstoneError
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "machine", "of"]
+__all__ = ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "machine", "of", "verify"]
 
 # Names are looked up when they are used (PEP 562), so that importing loadstone imports nothing heavy.
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "load_tokenizer": "loadstone.api.tokenizer",
     "machine": "loadstone.api.machine",
     "of": "loadstone.api.registry",
+    "verify": "loadstone.api.verify",
 }
 
 

@@ -14,7 +14,8 @@
     │   ├── InvalidHeader           a header that lies or cannot be parsed
     │   ├── InvalidIndex            an index that names what is not there, or what it must not name
     │   ├── MissingShard            a file the index names is missing
-    │   └── UnsafePickle            a pickle that would run code
+    │   ├── UnsafePickle            a pickle that would run code
+    │   └── InvalidTemplate         a chat template that fails, or reaches for what it must not
     ├── ConfigError                 config.json cannot be used
     │   ├── InvalidConfig           not JSON, not an object, no model_type, or sizes that contradict the files
     │   └── UnknownArchitecture     no class is known for it
@@ -93,6 +94,10 @@ class MissingShard(CorruptCheckpoint):
 
 class UnsafePickle(CorruptCheckpoint):
     """A pickle refers to code; nothing of it was run."""
+
+
+class InvalidTemplate(CorruptCheckpoint):
+    """A chat template does not parse, fails, or reaches for what its sandbox does not give."""
 
 
 class ConfigError(LoadstoneError):

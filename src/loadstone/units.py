@@ -64,6 +64,21 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
+def format_name(name: str, most: int = 100) -> str:
+    """A name out of a file as a message shows it: quoted, control characters escaped, never a megabyte of it."""
+    shown = repr(name[:most])
+    # Escapes take up to ten characters each, so it is the quoted form that is cut.
+    return shown if len(name) <= most and len(shown) <= most + 2 else f"{shown[: most - 3]}...{shown[-1]}"
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """A text out of a file as it may stand on a terminal: what a terminal would obey is escaped, and it ends."""
+    shown = text if len(text) <= most else f"{text[: most - 3]}..."
+    if shown.isprintable():
+        return shown
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown)
+
+
 def _scaled(value: float, units: tuple[str, ...], gap: str) -> str:
     index = 0
     # 999.5 would be printed as 1e+03: step to the next unit as soon as rounding reaches it.

@@ -78,5 +78,5 @@ def test_a_part_of_another_model_is_refused(parts: list[Path]) -> None:
 
 def test_fewer_tensors_than_promised_are_refused(parts: list[Path]) -> None:
     Gguf({"split.count": 3, "split.no": 1}, {"x": Stored((2,))}).write(parts[1])
-    with pytest.raises(InvalidHeader, match="expected 5 tensors in its 3 parts, as the header says, found 4"):
+    with pytest.raises(InvalidHeader, match="expected 5 tensors in its 3 parts, as its header says, found 4"):
         read_gguf(parts[0])

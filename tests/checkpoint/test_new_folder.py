@@ -178,3 +178,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         new_folder(tmp_path / "made", "f"),
     ):
         pass
+
+
+def test_who_is_killed_between_the_last_record_and_the_rename_has_lost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            make(tmp_path / "made")
+    with new_folder(tmp_path / "made", "f") as folder:
+        assert folder.resume({"model.safetensors": len(CONTENT)}) == ("model.safetensors",)
+        assert [path.name for path in folder.path.iterdir()] == ["model.safetensors"]
+        folder.publish()
+    assert (tmp_path / "made" / "model.safetensors").read_bytes() == CONTENT

@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_text(
     assert run(monkeypatch, capsys, *options) == run(monkeypatch, capsys, *options)
 
 
-@pytest.mark.parametrize("command", ["inspect", "load", "run", "machine"])
+@pytest.mark.parametrize("command", ["inspect", "load", "run", "convert", "machine", "verify"])
 def test_help_has_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
     out = run(monkeypatch, capsys, command, "--help")
     assert "Examples" in out

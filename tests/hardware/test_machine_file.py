@@ -141,7 +141,7 @@ def test_what_cannot_be_a_machine_is_named(change: Callable[[Any], object], mess
         (b"[]", "expected a JSON object, found a list"),
         (b"\xff\xfe", "expected UTF-8, found an invalid byte at 0"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"a": 1, "a": 2}', "the key a stands there twice"),
+        (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
         (b'{"a": "' + b"x" * 1_100_000 + b'"}', "expected at most 1.00 MB of JSON, found 1.10 MB"),
         (b'{"a": ' + b"1" * 5000 + b"}", "expected JSON"),
         (b'{"model_type": "llama"}', "found the keys model_type; make one with `loadstone machine --save`"),

@@ -12,6 +12,7 @@ from loadstone.checkpoint.layout import TOKENIZER_FILES
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Format
+from loadstone.errors import InvalidHeader, UnsupportedFormat
 
 
 def load_tokenizer(
@@ -60,7 +61,10 @@ def load_tokenizer(
     with paused_gc():
         from loadstone.architecture.transformers_tokenizer import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(checkpoint.metadata)
+        try:
+            return load_gguf_tokenizer(checkpoint.metadata)
+        except (InvalidHeader, UnsupportedFormat) as error:
+            raise type(error)(f"{checkpoint.files[0].path}: {error}") from error
 
 
 def _folder(source: Source, access: HubAccess, subfolder: str) -> Path | None:

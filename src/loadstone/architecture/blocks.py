@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loadstone.checkpoint.values import TensorInfo
 
 # The first number in a name tells its block: model.layers.3.self_attn..., transformer.h.3.attn..., blk.3.attn_q...
-_NUMBERED = re.compile(r"^(?P<stack>(?:[^.]+\.)*?(?:[^.]*\D))\.(?P<index>\d+)\.(?P<rest>.+)$")
+_NUMBERED = re.compile(r"^(?P<stack>(?:[^.]+\.)*?(?:[^.]*\D))\.(?P<index>[0-9]{1,9})\.(?P<rest>.+)$")
 _EXPERT = re.compile(r"(?:^|\.)experts?\.(\d+)(?:\.|$)")
 # What comes before and after the numbered blocks, told by words that occur in names.
 _FIRST_WORDS = ("embed", "wte", "wpe", "token_embd", "position_embd", "patch", "shared", "conv1", "conv2", "cls_token")

@@ -6,7 +6,8 @@ The families stand in tables (`gguf_families`, `gguf_families_other`); this file
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from loadstone.architecture.gguf_layouts import GgufTarget, Part, apply_layout
 from loadstone.architecture.gguf_rules import Facts, Family, Fused, Names
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.errors import CheckpointMismatch, InvalidConfig, UnknownArchitecture
+from loadstone.units import printable
 
 __all__ = ["FAMILIES", "GgufTarget", "Part", "apply_layout", "assignments_of", "config_from_metadata", "tensor_targets"]
 
@@ -53,6 +55,11 @@ def config_from_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         UnsupportedFormat: a variant that transformers' class has no room for.
     """
     facts, family = _family(checkpoint)
+    with _contradictions_named(facts):
+        return _config(facts, family)
+
+
+def _config(facts: Facts, family: Family) -> dict[str, Any]:
     _check_block_count(facts, family)
     config: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.model_class]}
     for key, name in family.keys.items():
@@ -62,10 +69,23 @@ def config_from_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     config["vocab_size"] = facts.shape("token_embd.weight")[0]
     config["tie_word_embeddings"] = not facts.has("output.weight")
     for name, key in _TOKEN_IDS.items():
-        config[name] = checkpoint.metadata.get(f"tokenizer.ggml.{key}")
+        config[name] = facts.checkpoint.metadata.get(f"tokenizer.ggml.{key}")
     for finish in family.finish:
         finish(facts, config)
     return config
+
+
+@contextmanager
+def _contradictions_named(facts: Facts) -> Iterator[None]:
+    """A value of another type or size than the architecture has is met by arithmetic: a named fault all the same."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InvalidConfig(
+            f"{facts.where}: expected metadata and tensors of {facts.architecture}, found values that contradict "
+            f"one another ({type(error).__name__}: {str(error)[:120]}); convert the model again with a current "
+            "llama.cpp."
+        ) from error
 
 
 def tensor_targets(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, GgufTarget]:
@@ -93,7 +113,8 @@ def tensor_targets(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[st
         is_extra = num_extra and place.index is not None and place.index >= num_blocks
         if is_extra or tensor.name.partition(".")[0] in _IN_CONFIG:
             continue
-        target = _target(tensor, place, facts, config)
+        with _contradictions_named(facts):
+            target = _target(tensor, place, facts, config)
         if target is None:
             unknown.append(tensor.name)
         else:
@@ -138,8 +159,8 @@ def _family(checkpoint: Checkpoint) -> tuple[Facts, Family]:
     close = difflib.get_close_matches(facts.architecture, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UnknownArchitecture(
-        f"{facts.where}: general.architecture is {architecture!r}; known are {', '.join(known)}.{hint} "
-        "Use the safetensors checkpoint of this model."
+        f"{facts.where}: general.architecture is {printable(repr(architecture), 60)}; known are "
+        f"{', '.join(known)}.{hint} Use the safetensors checkpoint of this model."
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from loadstone.architecture.gguf_pretokenizers import PRE_TOKENIZERS
 from loadstone.errors import InvalidHeader, UnsupportedFormat
+from loadstone.units import printable
 
 Metadata = Mapping[str, Any]
 Json = dict[str, Any]
@@ -61,12 +62,15 @@ def tokenizer_json(metadata: Metadata) -> Json:
     builder = _BUILDERS.get(model) if isinstance(model, str) else None
     if builder is None:
         raise UnsupportedFormat(
-            f"tokenizer.ggml.model is {model!r}; expected one of {', '.join(_BUILDERS)}. Take the tokenizer from the "
-            "safetensors checkpoint of this model."
+            f"tokenizer.ggml.model is {printable(repr(model), 60)}; expected one of {', '.join(_BUILDERS)}. Take "
+            "the tokenizer from the safetensors checkpoint of this model."
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise InvalidHeader("tokenizer.ggml.tokens is missing or is not a list of strings; the file has no vocabulary.")
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
+        raise InvalidHeader(f"tokenizer.ggml.token_type must have one type for each of the {len(tokens)} tokens.")
     pieces = builder(metadata, tokens)
     empty: Json = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
     pieces.setdefault("post_processor", _template(metadata, tokens))
@@ -91,8 +95,11 @@ def tokenizer_config(metadata: Metadata) -> Json:
             config[name] = token
     if metadata.get("tokenizer.ggml.model") != "bert":
         config["add_bos_token"], config["add_eos_token"] = _adds(metadata)
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None:
+        if not isinstance(template, str):
+            raise InvalidHeader(f"tokenizer.chat_template is a {type(template).__name__}; expected a text.")
+        config["chat_template"] = template
     context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if context:
         config["model_max_length"] = context
@@ -104,7 +111,9 @@ def _token(metadata: Metadata, tokens: list[str], key: str) -> str | None:
     if index is None:
         return None
     if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise InvalidHeader(f"tokenizer.ggml.{key} is {index!r}, but the vocabulary has {len(tokens)} tokens.")
+        raise InvalidHeader(
+            f"tokenizer.ggml.{key} is {printable(repr(index), 60)}, but the vocabulary has {len(tokens)} tokens."
+        )
     return tokens[index]
 
 
@@ -176,9 +185,9 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> Json:
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise UnsupportedFormat(
-            f"tokenizer.ggml.pre is {name!r}: how it splits text is not known, and splitting it in another way would "
-            f"give other tokens than the model was trained on. Known are {', '.join(sorted(PRE_TOKENIZERS))}. Take the "
-            "tokenizer from the safetensors checkpoint of this model."
+            f"tokenizer.ggml.pre is {printable(repr(name), 60)}: how it splits text is not known, and "
+            "splitting it in another way would give other tokens than the model was trained on. Known are "
+            f"{', '.join(sorted(PRE_TOKENIZERS))}. Take the tokenizer from the safetensors checkpoint of this model."
         )
     alphabet = byte_alphabet()
     spelled = frozenset(alphabet.values())

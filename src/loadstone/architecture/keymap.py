@@ -8,6 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loadstone.units import printable
+
+_SHOWN_NAME = 200
+
 # What wrappers put in front of every name: DataParallel and DDP, torch.compile, Lightning and FSDP.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.", "_forward_module.")
 
@@ -169,6 +173,7 @@ def list_names(names: Sequence[str], candidates: Collection[str] = (), limit: in
     shown = []
     for name in names[:limit]:
         close = nearest(name, candidates)
-        shown.append(f"{name} (nearest: {close})" if close else name)
+        told = printable(name, _SHOWN_NAME)
+        shown.append(f"{told} (nearest: {close})" if close else told)
     rest = len(names) - limit
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

@@ -21,6 +21,8 @@ from torch import nn
 from loadstone.architecture.skeleton import SkipMetaInitialisers
 from loadstone.errors import InvalidConfig, RemoteCodeRefused, UnknownArchitecture, UnsupportedFormat
 
+_MAX_REASON = 240
+
 # Building a model sets torch's default dtype and transformers' own flags, which are global: one at a time.
 _BUILD_LOCK = threading.Lock()
 
@@ -123,8 +125,13 @@ def _build_config(config: Mapping[str, Any], wanted: Wanted) -> tuple[Any, bool]
     try:
         return config_class.from_dict(_plain(config_class, config)), model_type not in mapping
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InvalidConfig(f"{where}: {config_class.__name__} does not accept it: {reason}") from error
+        raise InvalidConfig(f"{where}: {config_class.__name__} does not accept it: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Another library's error in one line; torch appends a stack trace of its own from the third on."""
+    told = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())[:_MAX_REASON]
+    return told if isinstance(error, ImportError | ValueError) else f"{type(error).__name__} {told}"
 
 
 def _plain(config_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,10 +219,13 @@ def build(described: Described, dtype: torch.dtype) -> nn.Module:
         stack.enter_context(SkipMetaInitialisers())
         try:
             model: nn.Module = model_class(config)
-        except (ImportError, ValueError) as error:
-            # transformers says in words of its own what is missing: a package, an attention implementation, a field.
-            reason = " ".join(str(error).split())
-            raise InvalidConfig(f"{config.name_or_path}: {model_class.__name__} cannot be built: {reason}") from error
+        except Exception as error:
+            # transformers says in words of its own what is missing (a package, an attention implementation, a field);
+            # sizes that cannot be are refused by torch, and names of activations and the like are looked up in tables.
+            raise InvalidConfig(
+                f"{config.name_or_path}: {model_class.__name__} cannot be built from the config: "
+                f"{_reason(error)}; use the config that belongs to these weights."
+            ) from error
     return model
 
 

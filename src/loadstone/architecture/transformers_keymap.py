@@ -81,7 +81,7 @@ def _by_target(
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     # The order is part of the contract: experts are stacked in natural order, and some renamings are stateful.
     rename = _remembering_experts(_renamer(model.base_model_prefix, around, renamings, converters))
-    for name in sorted(around.checkpoint.tensors, key=dot_natural_key):
+    for name in sorted(around.checkpoint.tensors, key=_natural_key):
         target, pattern = rename(name)
         if target not in around.slots:
             unexpected.append(name)
@@ -91,6 +91,14 @@ def _by_target(
             group = groups.setdefault(target, _Group(converter=by_pattern[pattern]))
             group.sources.setdefault(pattern, []).append(name)
     return copies, groups, unexpected
+
+
+def _natural_key(name: str) -> Any:
+    """transformers' order of names; where it takes digits for a number that is none (`²`, 5,000 digits), a text's."""
+    try:
+        return dot_natural_key(name)
+    except ValueError:
+        return [(1, part) for part in name.split(".")]
 
 
 def _fits_as_it_is(model: Any, around: Surroundings) -> bool:

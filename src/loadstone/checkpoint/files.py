@@ -13,10 +13,20 @@ from typing import Any
 
 from loadstone.checkpoint.values import CheckpointFile, FileVersion
 from loadstone.errors import FileChanged, LoadstoneError, NotACheckpoint, SourceNotFound, TruncatedFile, UnreadableFile
-from loadstone.units import format_bytes
+from loadstone.units import format_bytes, format_name
 
 # Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md (the first line of every pointer)
 LFS_MAGIC = b"version https://git-lfs"
+
+# A large JSON of little but brackets and commas is a bomb: two bytes of it become an object of some 64 bytes. Names,
+# the bulk of what is read here, keep them far apart; small files are let through.
+_BOMB_JSON_BYTES = 2_000_000
+_MIN_BYTES_PER_MARK = 5
+
+# What is parsed may be walked and written again by functions that call themselves; configs have some six levels.
+_MAX_JSON_DEPTH = 64
+
+_OTHER_FILE = "this is not the file its name says."
 
 Fault = Callable[[str], LoadstoneError]
 
@@ -69,7 +79,8 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         # O_NONBLOCK: opening a FIFO that nobody writes to would wait forever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise SourceNotFound(f"{path}: expected a file, found nothing there; check the path.") from None
+        found = "a link to nothing" if path.is_symlink() else "nothing"
+        raise SourceNotFound(f"{path}: expected a file, found {found} there; check the path.") from None
     except OSError as error:
         raise NotACheckpoint(f"{path}: expected a readable file; opening it failed: {error.strerror}.") from None
     try:
@@ -135,12 +146,15 @@ def parse_json_object(text: bytes, *, where: str, fault: Fault, advice: str = "d
         fault: the error class to raise.
         advice: what a message says to do.
     """
+    _refuse_bomb(text, where, fault)
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise fault(f"{where}: expected UTF-8, found an invalid byte at {error.start}; {advice}.") from None
     except _DuplicateKeyError as error:
-        raise fault(f"{where}: the key {error} stands there twice; expected each once; {advice}.") from None
+        raise fault(
+            f"{where}: the key {format_name(str(error))} stands there twice; expected each once; {advice}."
+        ) from None
     except RecursionError:
         raise fault(f"{where}: the JSON is nested too deeply to be what it should be; {advice}.") from None
     except ValueError as error:
@@ -150,18 +164,42 @@ def parse_json_object(text: bytes, *, where: str, fault: Fault, advice: str = "d
     return value
 
 
+def _refuse_bomb(text: bytes, where: str, fault: Fault) -> None:
+    if len(text) < _BOMB_JSON_BYTES:
+        return
+    marks = text.count(b"[") + text.count(b"{") + text.count(b",")
+    if marks * _MIN_BYTES_PER_MARK > len(text):
+        raise fault(
+            f"{where}: expected mostly names, found {marks:,} brackets and commas in {format_bytes(len(text))}; "
+            f"{_OTHER_FILE}"
+        )
+
+
 def read_json_object(path: Path, *, max_bytes: int, fault: Fault, advice: str = "download it again") -> dict[str, Any]:
     """Read a file that holds one JSON object, of at most `max_bytes` bytes; `advice` is what a message says to do."""
     with open_regular(path) as file:
         if file.nbytes > max_bytes:
             raise fault(
                 f"{path}: expected at most {format_bytes(max_bytes)} of JSON, found {format_bytes(file.nbytes)}; "
-                "this is not the file its name says."
+                f"{_OTHER_FILE}"
             )
         text = file.read(0, file.nbytes)
     if text.startswith(LFS_MAGIC):
         raise fault(lfs_message(path))
-    return parse_json_object(text, where=str(path), fault=fault, advice=advice)
+    value = parse_json_object(text, where=str(path), fault=fault, advice=advice)
+    if _is_deeper(value, _MAX_JSON_DEPTH):
+        raise fault(f"{path}: expected JSON of at most {_MAX_JSON_DEPTH} levels, found more; {_OTHER_FILE}")
+    return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = [one.values() if type(one) is dict else one for one in level if type(one) in {dict, list}]
+        level = [one for parts in inner for one in parts]
+        if not level:
+            return False
+    return True
 
 
 def lfs_message(path: Path) -> str:

@@ -1,9 +1,8 @@
 """GGUF files: which tensors and which metadata they hold, from their headers alone.
 
 The header is walked in bytes that were read, not mapped (a file cut short must not kill the process), in chunks that
-double: at most twice
-what the header takes is read. Every count and length is checked
-against the bytes that are left before anything is built from it.
+double: at most twice what the header takes is read. Every count and length is checked against the bytes that are left
+before anything is built from it.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -16,14 +15,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from loadstone.checkpoint.files import OpenFile, open_regular
 from loadstone.checkpoint.gguf_split import join_parts, part_paths
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.dtypes import GGML_BLOCKS, GGML_PLAIN, nbytes_of
-from loadstone.errors import InvalidHeader, SourceNotFound, TruncatedFile, UnsupportedFormat
+from loadstone.errors import InvalidHeader, TruncatedFile, UnsupportedFormat
+from loadstone.units import format_name, printable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -33,9 +34,17 @@ DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 1 << 26
 MAX_STRING_BYTES = 1 << 24
 MAX_KEY_BYTES = (1 << 16) - 1
+MAX_NAME_BYTES = 255  # ggml's own limit is 64 (GGML_MAX_NAME)
 MAX_DIMS = 4
 MAX_ARRAY_DEPTH = 4
 FIRST_READ_BYTES = 1 << 20
+
+# What one header may be made of: some 200 MB and a second. A vocabulary of 262,144 tokens has 1.3 million elements
+# (types, scores and merges too); files have some 2,000 tensors and 100 pairs.
+MAX_ELEMENTS = 2_000_000
+MAX_TENSORS = 100_000
+MAX_PAIRS = 20_000
+_STRINGS_AT_ONCE = 1 << 16
 
 # Value types of metadata: struct format and numpy dtype of an element.
 # Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (gguf_metadata_value_type)
@@ -56,8 +65,7 @@ _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _ARRAY_HEAD = struct.Struct("<IQ")
 
-# The least bytes that a key-value pair (key length, one-byte key, type, one-byte value) and a tensor (name length,
-# number of dimensions, type, offset) can take.
+# The least that a pair (key length, one-byte key, type, value) and a tensor (name length, rank, type, offset) take.
 _LEAST_PAIR_BYTES, _LEAST_TENSOR_BYTES = 14, 24
 
 # Facts of the architecture that some converters store as a tensor: read with the header, kept beside the metadata.
@@ -78,6 +86,7 @@ def read_gguf(path: Path) -> Checkpoint:
 
     Raises:
         SourceNotFound: there is no such file.
+        NotACheckpoint: a part is no regular file.
         UnsupportedFormat: not GGUF, another version, big-endian, or an element type that is not known.
         TruncatedFile: the file ends before its header, or before its last tensor.
         InvalidHeader: the header contradicts itself or the file's size.
@@ -91,20 +100,17 @@ def read_gguf(path: Path) -> Checkpoint:
 
 
 def _read_part(path: Path) -> Checkpoint:
-    try:
-        with path.open("rb") as file:
-            header = _Header(path=path, file=file, file_nbytes=path.stat().st_size)
-            num_tensors, num_pairs = header.read_preamble()
-            metadata = header.read_metadata(num_pairs)
-            rows = header.read_tensors(num_tensors)
-            tensors = _place(header, rows, _alignment(header, metadata))
-            metadata |= _read_rope_factors(header, tensors)
-    except FileNotFoundError:
-        raise SourceNotFound(f"{path}: there is no such file.") from None
+    with open_regular(path) as file:
+        header = _Header(file=file)
+        num_tensors, num_pairs = header.read_preamble()
+        metadata = header.read_metadata(num_pairs)
+        rows = header.read_tensors(num_tensors)
+        tensors = _place(header, rows, _alignment(header, metadata))
+        metadata |= _read_rope_factors(header, tensors)
     return Checkpoint(
         format=Format.GGUF,
         root=path.parent,
-        files=(CheckpointFile(path=path, nbytes=header.file_nbytes),),
+        files=(CheckpointFile(path=path, nbytes=file.nbytes, version=file.version),),
         tensors=tensors,
         metadata=metadata,
     )
@@ -124,35 +130,28 @@ class _Row:
 class _Header:
     """The front of a file, read as far as it was needed, and a position in it."""
 
-    path: Path
-    file: BinaryIO
-    file_nbytes: int
+    file: OpenFile
     buffer: bytes = b""
     position: int = 0
+    num_elements: int = 0
 
     def invalid(self, what: str) -> InvalidHeader:
-        return InvalidHeader(f"{self.path}: {what}; the file is damaged or not GGUF, download it again.")
+        return InvalidHeader(f"{self.file.path}: {what}; the file is damaged or not GGUF, download it again.")
 
     def need(self, nbytes: int, what: str) -> None:
         """Have `nbytes` from the position on in the buffer."""
         end = self.position + nbytes
         if end <= len(self.buffer):
             return
-        if end > self.file_nbytes:
+        if end > self.file.nbytes:
             raise TruncatedFile(
-                f"{self.path}: the header ends at byte {self.file_nbytes} in the middle of {what}, which needs "
+                f"{self.file.path}: the header ends at byte {self.file.nbytes} in the middle of {what}, which needs "
                 f"{nbytes} bytes from byte {self.position} on; the file was cut short, download it again."
             )
         if end > MAX_HEADER_BYTES:
             raise self.invalid(f"the header is larger than {MAX_HEADER_BYTES} bytes ({what} ends at byte {end})")
-        wanted = max(end, FIRST_READ_BYTES, len(self.buffer) * 2)
-        self.buffer += self.file.read(wanted - len(self.buffer))
-        if end > len(self.buffer):
-            raise TruncatedFile(f"{self.path}: only {len(self.buffer)} of {self.file_nbytes} bytes could be read.")
-
-    def left(self) -> int:
-        """The bytes of the file behind the position."""
-        return self.file_nbytes - self.position
+        wanted = min(max(end, FIRST_READ_BYTES, len(self.buffer) * 2), self.file.nbytes)
+        self.buffer += self.file.read(len(self.buffer), wanted - len(self.buffer))
 
     def number(self, kind: struct.Struct, what: str) -> Any:
         self.need(kind.size, what)
@@ -165,25 +164,30 @@ class _Header:
         self.need(4, "the magic")
         if self.buffer[:4] != MAGIC:
             raise UnsupportedFormat(
-                f'{self.path}: expected a GGUF file, which begins with the bytes "GGUF", found {self.buffer[:4]!r}.'
+                f'{self.file.path}: expected a file that begins with the bytes "GGUF", found {self.buffer[:4]!r}.'
             )
         self.position = 4
         version = self.number(_U32, "the version")
         if version & 0xFFFF == 0 and version:
             raise UnsupportedFormat(
-                f"{self.path}: a big-endian GGUF file; only little-endian ones are read. "
+                f"{self.file.path}: a big-endian GGUF file; only little-endian ones are read. "
                 "Convert it with gguf-py's gguf-convert-endian."
             )
         if version not in VERSIONS:
             raise UnsupportedFormat(
-                f"{self.path}: GGUF version {version}; versions {' and '.join(map(str, VERSIONS))} are read. "
+                f"{self.file.path}: GGUF version {version}; versions {' and '.join(map(str, VERSIONS))} are read. "
                 "Convert the model again with a current llama.cpp."
             )
         num_tensors = self.number(_U64, "the number of tensors")
         num_pairs = self.number(_U64, "the number of metadata pairs")
-        if num_pairs * _LEAST_PAIR_BYTES + num_tensors * _LEAST_TENSOR_BYTES > self.left():
+        if num_pairs * _LEAST_PAIR_BYTES + num_tensors * _LEAST_TENSOR_BYTES > self.file.nbytes - self.position:
             raise self.invalid(
-                f"{num_tensors} tensors and {num_pairs} metadata pairs cannot lie in a file of {self.file_nbytes} bytes"
+                f"{num_tensors} tensors and {num_pairs} metadata pairs cannot lie in a file of {self.file.nbytes} bytes"
+            )
+        if num_tensors > MAX_TENSORS or num_pairs > MAX_PAIRS:
+            raise self.invalid(
+                f"expected at most {MAX_TENSORS:,} tensors and {MAX_PAIRS:,} metadata pairs, found {num_tensors:,} and "
+                f"{num_pairs:,}"
             )
         return num_tensors, num_pairs
 
@@ -191,9 +195,10 @@ class _Header:
         metadata: dict[str, Any] = {}
         for _ in range(num_pairs):
             key = self.read_string("a metadata key", MAX_KEY_BYTES)
+            shown = format_name(key)
             if key in metadata:
-                raise self.invalid(f"the metadata key {key!r} stands there twice")
-            metadata[key] = self.read_value(self.number(_U32, f"the type of {key!r}"), key)
+                raise self.invalid(f"the metadata key {shown} stands there twice")
+            metadata[key] = self.read_value(self.number(_U32, f"the type of {shown}"), shown)
         return metadata
 
     def read_string(self, what: str, most: int = MAX_STRING_BYTES) -> str:
@@ -211,19 +216,22 @@ class _Header:
 
     def read_value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind][0], f"the value of {key!r}")
+            return self.number(_SCALARS[kind][0], f"the value of {key}")
         if kind == _STRING:
-            return self.read_string(f"the value of {key!r}")
+            return self.read_string(f"the value of {key}")
         if kind != _ARRAY:
-            raise self.invalid(f"the metadata value {key!r} has the unknown type {kind}")
+            raise self.invalid(f"the metadata value {key} has the unknown type {kind}")
         if depth == MAX_ARRAY_DEPTH:
-            raise self.invalid(f"the metadata value {key!r} nests arrays deeper than {MAX_ARRAY_DEPTH}")
-        self.need(_ARRAY_HEAD.size, f"the array {key!r}")
+            raise self.invalid(f"the metadata value {key} nests arrays deeper than {MAX_ARRAY_DEPTH}")
+        self.need(_ARRAY_HEAD.size, f"the array {key}")
         kind, count = _ARRAY_HEAD.unpack_from(self.buffer, self.position)
         self.position += _ARRAY_HEAD.size
         least = _SCALARS[kind][0].size if kind in _SCALARS else 8
-        if count * least > self.left():
-            raise self.invalid(f"the array {key!r} of {count} elements does not fit into {self.left()} bytes")
+        if count * least > (left := self.file.nbytes - self.position):
+            raise self.invalid(f"the array {key} of {count} elements does not fit into {left} bytes")
+        self.num_elements += count
+        if self.num_elements > MAX_ELEMENTS:
+            raise self.invalid(f"the arrays up to {key} have more than {MAX_ELEMENTS:,} elements")
         if kind in _SCALARS:
             return self.read_numbers(_SCALARS[kind][1], count, key)
         if kind == _STRING:
@@ -232,13 +240,20 @@ class _Header:
 
     def read_numbers(self, dtype: str, count: int, key: str) -> list[Any]:
         nbytes = count * np.dtype(dtype).itemsize
-        self.need(nbytes, f"the array {key!r}")
+        self.need(nbytes, f"the array {key}")
         values: list[Any] = np.frombuffer(self.buffer, dtype, count, self.position).tolist()
         self.position += nbytes
         return values
 
     def read_strings(self, count: int, key: str) -> list[str]:
-        """A vocabulary: the one loop here that must be tight."""
+        """A vocabulary, some at a time: bytes and texts of all at once would take twice the memory."""
+        strings: list[str] = []
+        while len(strings) < count:
+            strings += self.read_some_strings(min(count - len(strings), _STRINGS_AT_ONCE), key)
+        return strings
+
+    def read_some_strings(self, count: int, key: str) -> list[str]:
+        """The one loop here that must be tight."""
         spans: list[bytes] = []
         keep, length_at = spans.append, _U64.unpack_from
         buffer, position, end = self.buffer, self.position, len(self.buffer)
@@ -247,10 +262,10 @@ class _Header:
             stop = start + length_at(buffer, position)[0] if start <= end else end + 1
             if stop > end:
                 self.position = position
-                nbytes = self.number(_U64, f"a string of {key!r}")
+                nbytes = self.number(_U64, f"a string of {key}")
                 if nbytes > MAX_STRING_BYTES:
-                    raise self.invalid(f"a string of {key!r} at byte {start} would take {nbytes} bytes")
-                self.need(nbytes, f"a string of {key!r}")
+                    raise self.invalid(f"a string of {key} at byte {start} would take {nbytes} bytes")
+                self.need(nbytes, f"a string of {key}")
                 buffer, end, stop = self.buffer, len(self.buffer), start + nbytes
             keep(buffer[start:stop])
             position = stop
@@ -262,24 +277,25 @@ class _Header:
         rows = []
         names = set()
         for index in range(num_tensors):
-            name = self.read_string(f"the name of tensor {index}", MAX_KEY_BYTES)
+            name = self.read_string(f"the name of tensor {index}", MAX_NAME_BYTES)
+            shown = format_name(name)
             if name in names:
-                raise self.invalid(f"two tensors have the name {name!r}")
+                raise self.invalid(f"two tensors have the name {shown}")
             names.add(name)
-            num_dims = self.number(_U32, f"the number of dimensions of {name!r}")
+            num_dims = self.number(_U32, f"the number of dimensions of {shown}")
             if num_dims > MAX_DIMS:
-                raise self.invalid(f"tensor {name!r} has {num_dims} dimensions, more than {MAX_DIMS}")
-            dims = [self.number(_U64, f"the shape of {name!r}") for _ in range(num_dims)]
-            code = self.number(_U32, f"the type of {name!r}")
-            offset = self.number(_U64, f"the offset of {name!r}")
+                raise self.invalid(f"tensor {shown} has {num_dims} dimensions, more than {MAX_DIMS}")
+            dims = [self.number(_U64, f"the shape of {shown}") for _ in range(num_dims)]
+            code = self.number(_U32, f"the type of {shown}")
+            offset = self.number(_U64, f"the offset of {shown}")
             rows.append(_Row(name=name, shape=tuple(reversed(dims)), code=code, offset=offset))
         return rows
 
 
 def _alignment(header: _Header, metadata: Mapping[str, Any]) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise header.invalid(f"general.alignment is {alignment!r}, expected a power of two")
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise header.invalid(f"general.alignment is {printable(repr(alignment), 40)}, expected a power of two")
     return alignment
 
 
@@ -289,19 +305,23 @@ def _place(header: _Header, rows: Iterable[_Row], alignment: int) -> dict[str, T
     tensors = []
     for row in rows:
         if row.offset % alignment:
-            raise header.invalid(f"the offset {row.offset} of tensor {row.name!r} is not a multiple of {alignment}")
+            raise header.invalid(
+                f"the offset {row.offset} of tensor {format_name(row.name)} is not a multiple of {alignment}"
+            )
         tensors.append(_tensor(header, row, start + row.offset))
     tensors.sort(key=lambda tensor: tensor.offset)
     for tensor in tensors:
         end = tensor.offset + tensor.nbytes
-        if end > header.file_nbytes:
+        if end > header.file.nbytes:
             raise TruncatedFile(
-                f"{header.path}: tensor {tensor.name!r} takes bytes {tensor.offset} to {end}, but the file has "
-                f"{header.file_nbytes} bytes; it was cut short, download it again."
+                f"{header.file.path}: tensor {format_name(tensor.name)} takes bytes {tensor.offset} to {end}, but the "
+                f"file has {header.file.nbytes} bytes; it was cut short, download it again."
             )
     for before, after in pairwise(tensor for tensor in tensors if tensor.nbytes):
         if before.offset + before.nbytes > after.offset:
-            raise header.invalid(f"tensors {before.name!r} and {after.name!r} overlap at byte {after.offset}")
+            raise header.invalid(
+                f"tensors {format_name(before.name)} and {format_name(after.name)} overlap at byte {after.offset}"
+            )
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -314,20 +334,20 @@ def _tensor(header: _Header, row: _Row, offset: int) -> TensorInfo:
         block = GGML_BLOCKS[row.code]
         if not row.shape or row.shape[-1] % block.block_numel:
             raise header.invalid(
-                f"tensor {row.name!r} of shape {row.shape} cannot be {block.name}: its rows are not whole blocks of "
-                f"{block.block_numel}"
+                f"tensor {format_name(row.name)} of shape {row.shape} cannot be {block.name}: its rows are not whole "
+                f"blocks of {block.block_numel}"
             )
         nbytes, dtype_name, encoding = numel // block.block_numel * block.block_nbytes, "float32", block.name
     else:
         raise UnsupportedFormat(
-            f"{header.path}: tensor {row.name!r} has the ggml type {row.code}, which is not known (types that ggml has "
-            "withdrawn are not read); convert the model again with a current llama.cpp, or upgrade Loadstone."
+            f"{header.file.path}: tensor {format_name(row.name)} has the ggml type {row.code}, which is not known "
+            "(types that ggml has withdrawn are not read); convert it with a current llama.cpp, or upgrade Loadstone."
         )
     return TensorInfo(
         name=row.name,
         dtype=dtype_name,
         shape=row.shape,
-        file=header.path,
+        file=header.file.path,
         offset=offset,
         nbytes=nbytes,
         encoding=encoding,
@@ -340,6 +360,5 @@ def _read_rope_factors(header: _Header, tensors: Mapping[str, TensorInfo]) -> di
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != "float32" or tensor.encoding or tensor.numel > _MAX_ROPE_FACTORS:
             continue
-        header.file.seek(tensor.offset)
-        factors[name] = np.frombuffer(header.file.read(tensor.nbytes), "<f4").tolist()
+        factors[name] = np.frombuffer(header.file.read(tensor.offset, tensor.nbytes), "<f4").tolist()
     return factors

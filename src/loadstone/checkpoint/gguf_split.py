@@ -13,6 +13,7 @@ from typing import Any
 
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.errors import InvalidHeader, MissingShard
+from loadstone.units import format_name, printable
 
 MAX_SPLITS = 9999
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -58,8 +59,8 @@ def join_parts(parts: Sequence[Checkpoint]) -> Checkpoint:
         for name, tensor in part.tensors.items():
             if name in tensors:
                 raise InvalidHeader(
-                    f"{tensor.file}: tensor {name!r} is in {tensors[name].file.name} too; the parts belong to "
-                    "different models, download them again."
+                    f"{tensor.file}: tensor {format_name(name)} is in {tensors[name].file.name} too; the parts belong "
+                    "to different models, download them again."
                 )
             tensors[name] = tensor
         metadata = {**part.metadata, **metadata}
@@ -78,12 +79,12 @@ def _check(parts: Sequence[Checkpoint], joined: Checkpoint) -> None:
         if said != (number, len(parts)):
             raise InvalidHeader(
                 f"{part.files[0].path}: expected part {number} of {len(parts)}, counted from 0, as its name says, "
-                f"found part {said[0]} of {said[1]} in its header; give the parts the names that they were published "
-                "under."
+                f"found part {printable(f'{said[0]} of {said[1]}', 60)} in its header; give the parts the names "
+                "that they were published under."
             )
     promised = joined.metadata.get("split.tensors.count", len(joined.tensors))
     if promised != len(joined.tensors):
         raise InvalidHeader(
-            f"{joined.files[0].path}: expected {promised} tensors in its {len(parts)} parts, as the header says, found "
-            f"{len(joined.tensors)}; the parts belong to different models, download them again."
+            f"{joined.files[0].path}: expected {printable(str(promised), 60)} tensors in its {len(parts)} parts, as "
+            f"its header says, found {len(joined.tensors)}; the parts belong to different models, download them again."
         )

@@ -206,6 +206,8 @@ def _only(names: list[str], where: str) -> tuple[str, ...]:
         return tuple(names)
     if len(names) == 1:
         return tuple(names)
+    if len(names) == 1:
+        return tuple(names)
     raise NotACheckpoint(
         f"{where}: expected one checkpoint, found {len(names)} files that could be one: {_listed(names)}; "
         "pass the path of one of them, or a list of those that belong together."

@@ -53,13 +53,17 @@ class NewFolder:
         Returns:
             The names of the files that need not be written again.
         """
-        recorded: Mapping[str, str] = {}
-        with contextlib.suppress(LoadstoneError):  # there is no record yet, or one that cannot be used
-            recorded = read_manifest(self.path / _RECORD)
+        recorded: dict[str, str] = {}
+        # Who was killed on the last steps had removed the record already; the manifest, whole by then, stands for it.
+        for record in (MANIFEST, _RECORD):
+            with contextlib.suppress(LoadstoneError):  # there is none yet, or one that cannot be used
+                recorded |= read_manifest(self.path / record)
         for path in self.path.iterdir():
             name = path.name
             if name in recorded and sizes.get(name) == path.stat().st_size:
                 self.sums[name] = recorded[name]
+            elif path.is_dir():
+                shutil.rmtree(path)
             elif name != _RECORD:
                 path.unlink()
         return tuple(self.sums)

@@ -18,8 +18,11 @@ from loadstone.checkpoint.sharded import Index, check_present, honour
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import InvalidConfig, InvalidHeader, NotACheckpoint, TruncatedFile, UnsupportedFormat
 from loadstone.events import Observer, ignore
+from loadstone.units import format_name
 
 MAX_CONFIG_BYTES = 16_000_000
+
+_OWN_CONFIG = "use the config.json that belongs to these weights."
 
 _SUFFIX_FORMATS = {".safetensors": Format.SAFETENSORS, ".gguf": Format.GGUF}
 
@@ -97,7 +100,7 @@ def _assemble(root: Path, weights: Weights) -> Checkpoint:
         tensors=tensors,
         metadata=metadata,
         # A GGUF file describes itself; the config.json beside one is often a stub that only names the family.
-        config=implied if implied is not None else _json(root / "config.json"),
+        config=implied if implied is not None else _config(root / "config.json"),
         generation_config=_json(root / "generation_config.json"),
         params=_json(root / PARAMS_NAME) if _has_meta_names(weights, tensors) else None,
         notes=_notes(contents, ignored),
@@ -156,8 +159,8 @@ def _same_format(contents: list[_Contents]) -> Format:
 def _check_no_repeat(tensors: Mapping[str, TensorInfo], more: Mapping[str, TensorInfo]) -> None:
     if twice := next(iter(tensors.keys() & more.keys()), None):
         raise InvalidHeader(
-            f"{more[twice].file}: expected each tensor in one file, found {twice!r} in {tensors[twice].file} too; "
-            "pass only files that belong to one checkpoint."
+            f"{more[twice].file}: expected each tensor in one file, found {format_name(twice)} in "
+            f"{tensors[twice].file} too; pass only files that belong to one checkpoint."
         )
 
 
@@ -165,6 +168,19 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return read_json_object(path, max_bytes=MAX_CONFIG_BYTES, fault=InvalidConfig)
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    """config.json; the two fields by which a class is chosen are of the type that they must have."""
+    config = _json(path) or {}
+    model_type, names = config.get("model_type"), config.get("architectures")
+    if model_type is not None and not isinstance(model_type, str):
+        raise InvalidConfig(
+            f"{path}: expected a text as model_type, found a {type(model_type).__name__}; {_OWN_CONFIG}"
+        )
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InvalidConfig(f"{path}: expected a list of class names as architectures, found another; {_OWN_CONFIG}")
+    return config or None
 
 
 def _read(path: Path) -> _Contents:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from itertools import repeat
 from typing import Any, Protocol
 
-# Some 35 opcodes make a tensor: room for 280,000 of them. Each opcode makes at most one object of some 100 bytes.
-MAX_OPCODES = 10_000_000
+# Each opcode makes at most one object of some 100 bytes, and takes up to two microseconds.
+MAX_OPCODES = 400_000
 
 _STOP = ord(".")
 
@@ -31,6 +31,10 @@ class MalformedPickleError(ValueError):
     """The bytes are not a pickle."""
 
 
+class LongPickleError(ValueError):
+    """The pickle has more opcodes than were allowed."""
+
+
 class Owner(Protocol):
     """Says what names, calls and persistent ids stand for; nothing of it may run what the pickle holds."""
 
@@ -44,25 +48,27 @@ class Owner(Protocol):
         """What stands for a persistent id."""
 
 
-def run_pickle(data: bytes, owner: Owner, start: int = 0) -> tuple[Any, int]:
+def run_pickle(data: bytes, owner: Owner, start: int = 0, max_opcodes: int = MAX_OPCODES) -> tuple[Any, int]:
     """Run one pickle.
 
     Args:
         data: the bytes, at most some tens of megabytes: the caller's cap bounds the memory.
         owner: is asked for names.
         start: where the pickle begins.
+        max_opcodes: more are refused: they bound the time and the memory.
 
     Returns:
         The object, and where the pickle ends.
 
     Raises:
         EndOfPickleError: `data` ends first.
-        MalformedPickleError: it is not a pickle, or one with too many opcodes.
+        MalformedPickleError: it is not a pickle.
+        LongPickleError: it has more opcodes than allowed.
     """
     machine = _Machine(data, owner, start)
     opcodes = _OPCODES
     try:
-        for _ in repeat(None, MAX_OPCODES):
+        for _ in repeat(None, max_opcodes):
             opcode = data[machine.position]
             machine.position += 1
             if opcode == _STOP:
@@ -72,7 +78,7 @@ def run_pickle(data: bytes, owner: Owner, start: int = 0) -> tuple[Any, int]:
         if machine.position >= len(data):
             raise EndOfPickleError from error
         raise MalformedPickleError(f"at byte {machine.position}") from error
-    raise MalformedPickleError(f"more than {MAX_OPCODES} opcodes")
+    raise LongPickleError(f"more than {max_opcodes} opcodes")
 
 
 class _Machine:

@@ -13,6 +13,7 @@ from loadstone.checkpoint.files import OpenFile, open_regular, parse_json_object
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import SAFETENSORS_DTYPES
 from loadstone.errors import InvalidHeader, TruncatedFile
+from loadstone.units import format_name
 
 # Source: https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs (MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
@@ -137,7 +138,7 @@ def _sorted_entries(path: Path, header: dict[str, Any]) -> list[tuple[int, int, 
 
 def _refuse_entry(path: Path, name: str, entry: Any) -> NoReturn:
     """Raise the error for an entry that is known to be wrong: the slow look at what is wrong with it."""
-    where = f"{path}, tensor {name!r}"
+    where = f"{path}, tensor {format_name(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InvalidHeader(f"{where}: expected dtype, shape and data_offsets, found something else; {_AGAIN}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -170,7 +171,8 @@ def _check_layout(path: Path, entries: list[tuple[int, int, str, str, list[int]]
         if begin != cursor:
             fault = "an overlap with the tensor before it" if begin < cursor else "a hole before it"
             raise InvalidHeader(
-                f"{path}, tensor {name!r}: expected its data to begin at {cursor}, found {begin}: {fault}; {_AGAIN}"
+                f"{path}, tensor {format_name(name)}: expected its data to begin at {cursor}, found {begin}: {fault}; "
+                f"{_AGAIN}"
             )
         cursor = end
     if cursor > data_bytes:

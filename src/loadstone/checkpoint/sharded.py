@@ -14,8 +14,10 @@ from typing import Any
 from loadstone.checkpoint.files import read_json_object
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.errors import InvalidIndex, MissingShard
+from loadstone.units import format_name
 
-MAX_INDEX_BYTES = 256_000_000
+# Half a million tensors; the largest published checkpoints have 200,000.
+MAX_INDEX_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,9 @@ def read_index(path: Path) -> Index:
         except KeyError:
             by_shard[shard] = {name}
         except TypeError:
-            raise InvalidIndex(f"{path}, tensor {name!r}: expected the name of a file, found none.") from None
+            raise InvalidIndex(
+                f"{path}, tensor {format_name(name)}: expected the name of a file, found none."
+            ) from None
     for shard in by_shard:
         _check_shard_name(path, shard)
     metadata = content.get("metadata")
@@ -82,7 +86,7 @@ def check_present(index: Index) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingShard(
             f"{index.path.parent}: expected the {len(index.shards)} files that {index.path.name} names, did not find "
-            f"{missing[0]}{more}; download what is missing."
+            f"{missing[0][:200]}{more}; download what is missing."
         )
 
 
@@ -99,8 +103,8 @@ def honour(index: Index, shard: str, tensors: Mapping[str, TensorInfo]) -> dict[
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InvalidIndex(
-            f"{index.path}: expected tensor {missing[0]!r}{more} in {shard}, found {len(tensors)} other tensors there; "
-            "the index and its files are of different versions: download both again."
+            f"{index.path}: expected tensor {format_name(missing[0])}{more} in {shard[:100]}, found {len(tensors)} "
+            "other tensors there; the index and its files are of different versions: download both again."
         )
     return {name: info for name, info in tensors.items() if name in wanted}
 
@@ -112,5 +116,6 @@ def _check_shard_name(path: Path, shard: Any) -> None:
     parts = shard.replace("\\", "/").split("/")
     if not shard or "\0" in shard or any(part in {"", ".", ".."} for part in parts) or ":" in parts[0]:
         raise InvalidIndex(
-            f"{path}: expected names of files in its own folder, found {shard[:80]!r}; do not trust this checkpoint."
+            f"{path}: expected names of files in its own folder, found {format_name(shard)}; do not trust this "
+            "checkpoint."
         )

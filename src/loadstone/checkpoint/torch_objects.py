@@ -13,6 +13,7 @@ from typing import Any
 
 from loadstone.dtypes import DTYPES
 from loadstone.errors import UnsafePickle, UnsupportedFormat
+from loadstone.units import format_name
 
 # Source: https://github.com/pytorch/pytorch/blob/main/torch/storage.py (_dtype_to_storage_type_map)
 STORAGE_DTYPES = {
@@ -192,13 +193,13 @@ class TorchOwner:
             return Name(module=module, name=name)
         if module in _STORAGE_MODULES and name.endswith("Storage"):
             raise UnsupportedFormat(
-                f"{self.path}: expected storages of {' '.join(STORAGE_DTYPES)}, found {name[:80]!r}, which is not "
-                "read; save the model with another dtype."
+                f"{self.path}: expected storages of {' '.join(STORAGE_DTYPES)}, found {format_name(name)}, which is "
+                "not read; save the model with another dtype."
             )
         raise UnsafePickle(
             f"{self.path}: expected a pickle of tensors and plain containers, found a reference to "
-            f"{f'{module}.{name}'[:160]!r}; nothing was run. Use a safetensors version of this checkpoint, or save its "
-            "state_dict anew where you trust it."
+            f"{format_name(f'{module}.{name}')}; nothing was run. Use a safetensors version of this checkpoint, or "
+            "save its state_dict anew where you trust it."
         )
 
     def call(self, function: Any, args: Any) -> Any:

@@ -7,19 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from loadstone.checkpoint.files import OpenFile, open_regular
-from loadstone.checkpoint.pickle_machine import EndOfPickleError, MalformedPickleError, run_pickle
+from loadstone.checkpoint.pickle_machine import (
+    MAX_OPCODES,
+    EndOfPickleError,
+    LongPickleError,
+    MalformedPickleError,
+    run_pickle,
+)
 from loadstone.checkpoint.torch_objects import StorageRef, TensorRef, TorchOwner
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.checkpoint.zip_directory import ZipEntry, data_offset, read_zip_directory
 from loadstone.dtypes import DTYPES
 from loadstone.errors import InvalidHeader, NotACheckpoint, TruncatedFile, UnsupportedFormat
+from loadstone.units import format_name
 
-# The pickle of 280,000 tensors; a bound for what a hostile one can make of memory.
-MAX_PICKLE_BYTES = 64_000_000
+# The pickle of 140,000 tensors; a bound for what a hostile one can make of memory.
+MAX_PICKLE_BYTES = 32_000_000
+
+# A tensor takes some 35 opcodes and has an entry in the archive; the rest is for what is saved beside tensors.
+_OPCODES_PER_ENTRY = 100
+
+# How far a tensor may be larger than the file that it is a view of: expanded views take no room on the disk.
+_MAX_EXPANDED_BYTES = 1 << 26
 
 # Where trainers put the state_dict, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
@@ -59,7 +74,7 @@ def read_torch_pickle(path: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...
         is_zip = file.read(0, min(4, file.nbytes)) == b"PK\x03\x04"
         root, locations = _open_zip(file) if is_zip else _open_legacy(file)
     found, notes = _state_dict(path, root)
-    tensors = [_tensor_info(path, name, tensor, locations) for name, tensor in found.items()]
+    tensors = [_tensor_info(file, name, tensor, locations) for name, tensor in found.items()]
     tensors.sort(key=lambda tensor: tensor.offset)
     return {tensor.name: tensor for tensor in tensors}, notes
 
@@ -80,22 +95,40 @@ def _open_zip(file: OpenFile) -> tuple[Any, dict[str, _Location]]:
             "save it on a little-endian machine."
         )
     owner = TorchOwner(path=file.path)
-    root, _ = _run(file, _small(file, entries[pickles[0]]), owner)
+    pickle = _small(file, entries[pickles[0]])
+    root, end = _run(file, pickle, owner, max_opcodes=MAX_OPCODES + _OPCODES_PER_ENTRY * len(entries))
+    if end < len(pickle):
+        raise InvalidHeader(
+            f"{file.path}: expected data.pkl to end with its pickle, found {len(pickle) - end} bytes after it; {_AGAIN}"
+        )
+    return root, _zip_locations(file, owner, entries, prefix)
+
+
+def _zip_locations(
+    file: OpenFile, owner: TorchOwner, entries: Mapping[str, ZipEntry], prefix: str
+) -> dict[str, _Location]:
     locations = {}
     for key, storage in owner.storages.items():
         entry = entries.get(f"{prefix}data/{key}")
         if entry is None:
-            raise InvalidHeader(f"{file.path}: expected a zip entry {f'data/{key}'[:80]!r}, found none; {_AGAIN}")
+            raise InvalidHeader(f"{file.path}: expected a zip entry {format_name(f'data/{key}')}, found none; {_AGAIN}")
         _check_storage(file, storage, entry.nbytes)
         locations[key] = _Location(offset=data_offset(file, entry), nbytes=entry.nbytes)
-    return root, locations
+    by_offset = sorted((location for location in locations.values() if location.nbytes), key=lambda one: one.offset)
+    for before, after in pairwise(by_offset):
+        if before.offset + before.nbytes > after.offset:
+            raise InvalidHeader(
+                f"{file.path}: expected each storage at a place of its own, found two that overlap at byte "
+                f"{after.offset}; {_AGAIN}"
+            )
+    return locations
 
 
 def _small(file: OpenFile, entry: ZipEntry) -> bytes:
     if entry.nbytes > MAX_PICKLE_BYTES:
         raise InvalidHeader(
-            f"{file.path}: expected at most {MAX_PICKLE_BYTES} bytes in {entry.name}, found {entry.nbytes}; "
-            "save only the state_dict."
+            f"{file.path}: expected at most {MAX_PICKLE_BYTES} bytes in {format_name(entry.name)}, found "
+            f"{entry.nbytes}; save only the state_dict."
         )
     return file.read(data_offset(file, entry), entry.nbytes)
 
@@ -143,24 +176,33 @@ def _legacy_locations(file: OpenFile, owner: TorchOwner, keys: list[str], positi
     for key in keys:
         storage = owner.storages.get(key)
         if storage is None or key in locations:
-            raise InvalidHeader(f"{file.path}: expected storage {key[:80]!r} once in the pickle, did not; {_AGAIN}")
+            raise InvalidHeader(
+                f"{file.path}: expected storage {format_name(key)} once in the pickle, did not; {_AGAIN}"
+            )
         itemsize = DTYPES[storage.dtype].bits // 8
         nbytes = int.from_bytes(file.read(position, 8), "little") * itemsize
         _check_storage(file, storage, nbytes)
         position += 8
         if position + nbytes > file.nbytes:
             raise TruncatedFile(
-                f"{file.path}: expected {nbytes} bytes of storage {key[:80]!r} at {position}, found the end of the "
-                f"file at {file.nbytes}; copy or download it again."
+                f"{file.path}: expected {nbytes} bytes of storage {format_name(key)} at {position}, found the end of "
+                f"the file at {file.nbytes}; copy or download it again."
             )
         locations[key] = _Location(offset=position, nbytes=nbytes)
         position += nbytes
+    if position < file.nbytes:
+        raise InvalidHeader(
+            f"{file.path}: expected the file to end with its last storage at {position}, found "
+            f"{file.nbytes - position} more bytes; {_AGAIN}"
+        )
     return locations
 
 
-def _run(file: OpenFile, data: bytes, owner: TorchOwner, start: int = 0) -> tuple[Any, int]:
+def _run(
+    file: OpenFile, data: bytes, owner: TorchOwner, start: int = 0, max_opcodes: int = MAX_OPCODES
+) -> tuple[Any, int]:
     try:
-        return run_pickle(data, owner, start)
+        return run_pickle(data, owner, start, max_opcodes)
     except EndOfPickleError:
         raise TruncatedFile(
             f"{file.path}: expected the end of the pickle, found the end of its {len(data)} bytes; "
@@ -170,13 +212,17 @@ def _run(file: OpenFile, data: bytes, owner: TorchOwner, start: int = 0) -> tupl
         raise InvalidHeader(
             f"{file.path}: expected a pickle of torch.save, found a malformed one {error}; {_AGAIN}"
         ) from None
+    except LongPickleError as error:
+        raise InvalidHeader(
+            f"{file.path}: expected a pickle of tensors, found one with {error}; save only the state_dict."
+        ) from None
 
 
 def _check_storage(file: OpenFile, storage: StorageRef, nbytes: int) -> None:
     expected = storage.numel * DTYPES[storage.dtype].bits // 8
     if expected != nbytes:
         raise InvalidHeader(
-            f"{file.path}: expected {expected} bytes in storage {storage.key[:80]!r}, as the pickle says, found "
+            f"{file.path}: expected {expected} bytes in storage {format_name(storage.key)}, as the pickle says, found "
             f"{nbytes}; {_AGAIN}"
         )
 
@@ -224,7 +270,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(repr(name[:60]) for name in names[:5])
+    shown = ", ".join(format_name(name, 40) for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -232,11 +278,12 @@ def _kind(value: Any) -> str:
     return "tensor" if type(value) is TensorRef else type(value).__name__
 
 
-def _tensor_info(path: Path, name: str, tensor: TensorRef, locations: Mapping[str, _Location]) -> TensorInfo:
+def _tensor_info(file: OpenFile, name: str, tensor: TensorRef, locations: Mapping[str, _Location]) -> TensorInfo:
+    where = f"{file.path}, tensor {format_name(name)}"
     storage = tensor.storage
     location = locations.get(storage.key)
     if location is None:
-        raise InvalidHeader(f"{path}, tensor {name!r}: expected its storage in the file, found none; {_AGAIN}")
+        raise InvalidHeader(f"{where}: expected its storage in the file, found none; {_AGAIN}")
     itemsize = DTYPES[tensor.dtype].bits // 8
     empty = 0 in tensor.shape
     # torch counts on from the rows that a view of nothing leaves out.
@@ -245,14 +292,20 @@ def _tensor_info(path: Path, name: str, tensor: TensorRef, locations: Mapping[st
     nbytes = extent * itemsize
     if begin + nbytes > location.nbytes:
         raise InvalidHeader(
-            f"{path}, tensor {name!r}: expected a view inside its storage of {location.nbytes} bytes, found one that "
+            f"{where}: expected a view inside its storage of {location.nbytes} bytes, found one that "
             f"reaches to {begin + nbytes}; {_AGAIN}"
+        )
+    expanded = prod(tensor.shape) * itemsize
+    if expanded > max(file.nbytes, _MAX_EXPANDED_BYTES):
+        raise InvalidHeader(
+            f"{where}: expected no more elements than the file can hold, found a view of {expanded} bytes of a storage "
+            f"of {location.nbytes}; save a contiguous copy of it."
         )
     return TensorInfo(
         name=name,
         dtype=tensor.dtype,
         shape=tensor.shape,
-        file=path,
+        file=file.path,
         offset=location.offset + begin,
         nbytes=nbytes,
         strides=None if empty or _is_contiguous(tensor.shape, tensor.strides) else tensor.strides,

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from loadstone.checkpoint.files import OpenFile
 from loadstone.errors import InvalidHeader, TruncatedFile, UnsupportedFormat
+from loadstone.units import format_name
 
 MAX_DIRECTORY_BYTES = 64_000_000
+MAX_ENTRIES = 100_000
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -63,7 +65,12 @@ def read_zip_directory(file: OpenFile) -> dict[str, ZipEntry]:
         for entry in _entries(data):
             if entry.name in entries:
                 raise InvalidHeader(
-                    f"{file.path}: expected each zip entry once, found {entry.name!r} twice; write the file again."
+                    f"{file.path}: expected each zip entry once, found {format_name(entry.name)} twice; "
+                    "write the file again."
+                )
+            if len(entries) == MAX_ENTRIES:
+                raise InvalidHeader(
+                    f"{file.path}: expected at most {MAX_ENTRIES:,} zip entries, found more; save it in several files."
                 )
             entries[entry.name] = entry
     except struct.error:
@@ -84,22 +91,22 @@ def data_offset(file: OpenFile, entry: ZipEntry) -> int:
     """
     if not entry.plain:
         raise UnsupportedFormat(
-            f"{file.path}: expected {entry.name} stored as it is, found it compressed or encrypted; "
+            f"{file.path}: expected {format_name(entry.name)} stored as it is, found it compressed or encrypted; "
             "torch.save does not do that: save the file anew."
         )
     if entry.header_offset + _LOCAL.size > file.nbytes:
-        raise InvalidHeader(f"{file.path}: expected {entry.name} inside the file, found it past the end.")
+        raise InvalidHeader(f"{file.path}: expected {format_name(entry.name)} inside the file, found it past the end.")
     signature, *_, name_bytes, extra_bytes = _LOCAL.unpack(file.read(entry.header_offset, _LOCAL.size))
     if signature != b"PK\x03\x04":
         raise InvalidHeader(
-            f"{file.path}: expected a zip entry for {entry.name} at {entry.header_offset}, found none; "
+            f"{file.path}: expected a zip entry for {format_name(entry.name)} at {entry.header_offset}, found none; "
             "download or write the file again."
         )
     offset = entry.header_offset + _LOCAL.size + int(name_bytes) + int(extra_bytes)
     if offset + entry.nbytes > file.nbytes:
         raise TruncatedFile(
-            f"{file.path}: expected {entry.nbytes} bytes of {entry.name} at {offset}, found the end of the file at "
-            f"{file.nbytes}; copy or download it again."
+            f"{file.path}: expected {entry.nbytes} bytes of {format_name(entry.name)} at {offset}, found the end of "
+            f"the file at {file.nbytes}; copy or download it again."
         )
     return offset
 
@@ -114,7 +121,12 @@ def _find_directory(file: OpenFile) -> tuple[int, int]:
             f"{file.path}: expected a zip archive to end with its directory, found none; "
             "the file is cut short: copy or download it again."
         )
-    *_, nbytes, offset, _ = _END.unpack_from(tail, at)
+    *_, nbytes, offset, comment_bytes = _END.unpack_from(tail, at)
+    if at + _END.size + comment_bytes != len(tail):
+        raise InvalidHeader(
+            f"{file.path}: expected the zip archive to end with the file, found its end at byte "
+            f"{tail_offset + at + _END.size + comment_bytes} of {file.nbytes}; download or write the file again."
+        )
     locator_offset = tail_offset + at - _END64_LOCATOR.size
     if locator_offset >= 0:
         signature, _, end64_offset, _ = _END64_LOCATOR.unpack(file.read(locator_offset, _END64_LOCATOR.size))

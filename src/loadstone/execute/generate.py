@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loadstone.errors import InvalidTemplate
 from loadstone.execute.values import Generated, Prompt, Sampling
 
 
@@ -109,13 +110,26 @@ def encode(tokenizer: Any, prompt: Prompt) -> Any:
 
     Returns:
         `input_ids` and `attention_mask`, shape (1, tokens).
+
+    Raises:
+        InvalidTemplate: the chat template fails, or reaches for what transformers' sandbox for it does not give.
     """
     if prompt.raw or not getattr(tokenizer, "chat_template", None):
         text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     messages.append({"role": "user", "content": prompt.text})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template is a program of the checkpoint's author: anything can come out of it
+        reason = " ".join(str(error).split())[:200]
+        raise InvalidTemplate(
+            f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: expected the chat template to make a prompt of "
+            f"the messages, found that it fails ({type(error).__name__}: {reason}); leave out the system message, or "
+            "give the prompt --raw."
+        ) from error
 
 
 def _options(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from loadstone.architecture.config import ConfigFact, explain
 from loadstone.checkpoint.layout import TOKENIZER_FILES
 from loadstone.checkpoint.pipeline import Pipeline
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
-from loadstone.units import format_bytes, format_count
+from loadstone.units import format_bytes, format_count, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _DIGITS = re.compile(r"\d+")
 _SHOWN_FILES = 8
 _SHOWN_TENSORS = 40
+_SHOWN_NAME = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +163,7 @@ def render(inspection: Inspection, console: Console) -> None:
     from rich.text import Text
 
     checkpoint = inspection.checkpoint
-    console.print(Text(_title(inspection), style="bold"))
+    console.print(Text(printable(_title(inspection)), style="bold"))
     console.print(Text(_totals(inspection)))
     console.print()
     if inspection.pipeline is not None:
@@ -173,12 +174,12 @@ def render(inspection: Inspection, console: Console) -> None:
     console.print(_blocks_table(inspection.blocks, checkpoint.tensors))
     typical = _typical(inspection.blocks)
     if typical is not None:
-        console.print(Rule(f"inside {typical.fqn}", align="left", style="dim"))
+        console.print(Rule(_cell(f"inside {typical.fqn}"), align="left", style="dim"))
         console.print(_tensors_table(typical, checkpoint.tensors))
     for remark in inspection.remarks:
-        kind, _, rest = remark.partition(": ")
+        kind, _, rest = printable(remark).partition(": ")
         style = {"missing": "yellow", "tied": "cyan"}.get(kind, "")
-        console.print(Text.assemble((f"{kind}  " if style else "", style), rest if style else remark))
+        console.print(Text.assemble((f"{kind}  " if style else "", style), rest if style else printable(remark)))
     if inspection.facts:
         console.print(Rule("config, explained", align="left", style="dim"))
         _render_facts(inspection.facts, console)
@@ -210,6 +211,13 @@ def _table(*columns: tuple[str, dict[str, Any]]) -> Any:
     return table
 
 
+def _cell(name: str) -> Any:
+    """A name out of a file: not read as markup, and without what a terminal would obey."""
+    from rich.text import Text
+
+    return Text(printable(name, _SHOWN_NAME))
+
+
 _RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 _NAME: dict[str, Any] = {"overflow": "fold"}
 
@@ -226,7 +234,7 @@ def _components_table(pipeline: Pipeline) -> Any:
 def _files_table(checkpoint: Checkpoint) -> Any:
     table = _table(("file", _NAME), ("size", _RIGHT))
     for file in checkpoint.files[:_SHOWN_FILES]:
-        table.add_row(file.path.name, format_bytes(file.nbytes))
+        table.add_row(_cell(file.path.name), format_bytes(file.nbytes))
     rest = checkpoint.files[_SHOWN_FILES:]
     if rest:
         table.add_row(f"and {len(rest)} more", format_bytes(sum(file.nbytes for file in rest)))
@@ -242,7 +250,7 @@ def _blocks_table(blocks: tuple[Block, ...], tensors: Mapping[str, TensorInfo]) 
         experts = f"{first.num_experts} experts, " if first.num_experts else ""
         kinds = dict.fromkeys(tensors[name].encoding or tensors[name].dtype for name in first.tensors)
         table.add_row(
-            name,
+            _cell(name),
             f"{len(run)} ×" if len(run) > 1 else "",
             f"{len(first.tensors):,}",
             format_bytes(first.nbytes) + (" each" if len(run) > 1 else ""),
@@ -287,7 +295,7 @@ def _tensors_table(block: Block, tensors: Mapping[str, TensorInfo]) -> Any:
     for (pattern, kind, shape), infos in list(alike.items())[:_SHOWN_TENSORS]:
         name = pattern if len(infos) > 1 else infos[0].name.removeprefix(f"{block.fqn}.")
         table.add_row(
-            name,
+            _cell(name),
             f"{len(infos)} ×" if len(infos) > 1 else "",
             kind,
             " × ".join(f"{size:,}" for size in shape) or "scalar",
@@ -304,13 +312,15 @@ def _render_facts(facts: tuple[ConfigFact, ...], console: Console) -> None:
     from rich.text import Text
 
     for fact in facts:
-        console.print(Text.assemble((fact.field, "bold"), (" = ", "dim"), (_short(fact.value), "cyan")))
+        console.print(
+            Text.assemble((printable(fact.field, _SHOWN_NAME), "bold"), (" = ", "dim"), (_short(fact.value), "cyan"))
+        )
         meaning = Text(fact.meaning)
         if fact.consequence:
-            meaning.append(f" → {fact.consequence}.", style="green")
+            meaning.append(f" → {printable(fact.consequence)}.", style="green")
         console.print(Padding(meaning, (0, 0, 0, 4)))
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return printable(text, 60)
