@@ -21,13 +21,18 @@
     ├── CheckpointMismatch          tensors and parameters do not fit together
     ├── RemoteCodeRefused           the checkpoint wants to run its own code
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
-    └── DeviceUnavailable           the device asked for is not there
+    ├── DeviceUnavailable           the device asked for is not there
+    ├── DoesNotFit                  no plan keeps within the memory allowed
+    ├── InvalidPlan                 a plan that cannot be read, or is no longer true
+    └── InvalidMachine              a description of a machine that cannot be read
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
 `ValueError` or `TypeError`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class LoadstoneError(Exception):
@@ -135,3 +140,25 @@ class UnsupportedDtype(LoadstoneError):
 
 class DeviceUnavailable(LoadstoneError):
     """The device that was asked for is not on this machine."""
+
+
+class DoesNotFit(LoadstoneError):
+    """No plan keeps within the memory allowed.
+
+    Attributes:
+        shortfall_bytes: the least that is missing.
+        alternatives: plans (`loadstone.plan.values.Plan`) that do fit, each with a label of what it does differently.
+    """
+
+    def __init__(self, message: str, *, shortfall_bytes: int, alternatives: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.shortfall_bytes = shortfall_bytes
+        self.alternatives = alternatives
+
+
+class InvalidPlan(LoadstoneError):
+    """A plan file cannot be read, or describes another checkpoint or machine."""
+
+
+class InvalidMachine(LoadstoneError):
+    """A file does not describe a machine."""

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from loadstone.cli import inspect_command, load_command, run_command
+from loadstone.cli import inspect_command, load_command, plan_command, run_command
 from loadstone.errors import LoadstoneError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("inspect", epilog=inspect_command.EPILOG)(inspect_command.inspect_command)
 app.command("load", epilog=load_command.EPILOG)(load_command.load_command)
+app.command("plan", epilog=plan_command.EPILOG)(plan_command.plan_command)
 app.command("run", epilog=run_command.EPILOG)(run_command.run_command)
 
 

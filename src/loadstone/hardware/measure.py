@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from loadstone.hardware.memory import num_cores
 from loadstone.hardware.spec import Rates
 
@@ -87,6 +85,8 @@ def _disk_rate(path: Path) -> float | None:
 
 def _memory_rate(pass_number: int) -> float:
     """The rate of writing fresh memory (pass 0) or of copying into touched memory (pass 1), all cores."""
+    import numpy as np
+
     source = np.ones(_CHUNK_BYTES // 4, np.uint8)
     cores = num_cores()
     share = _MEMORY_BYTES // cores // source.size * source.size

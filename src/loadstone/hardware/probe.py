@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from loadstone.hardware.memory import host_memory, num_cores
-from loadstone.hardware.spec import Device, Machine
+from loadstone.hardware.spec import Cpu, Device, Machine
 
 
 def may_have_accelerator() -> bool:
@@ -31,4 +31,4 @@ def machine() -> Machine:
         devices.append(Device(id="mps", kind="mps", name="Apple GPU", total_bytes=total, free_bytes=free))
     # platform.processor() would start a process to ask.
     devices.append(Device(id="cpu", kind="cpu", name=platform.machine(), total_bytes=total, free_bytes=free))
-    return Machine(devices=tuple(devices), num_cores=num_cores())
+    return Machine(devices=tuple(devices), cpu=Cpu(name=platform.machine(), num_cores=num_cores()))
