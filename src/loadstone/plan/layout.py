@@ -121,13 +121,16 @@ def _ways(problem: Problem) -> Iterator[Layout | Missing]:
     for count in range(1, len(usable) + 1):
         segments = _balanced(problem, usable[:count])
         if segments is not None:
-            yield _on_accelerators(problem, segments, whole=True)
-            return  # all of it is resident; more devices would only pass activations on
+            whole = _on_accelerators(problem, segments, whole=True)
+            yield whole
+            if isinstance(whole, Layout):
+                return  # all of it is resident; more devices would only pass activations on
+            break
     if problem.offload and usable:
         yield _on_accelerators(problem, _shared_out(problem, usable), whole=False)
-        if problem.host_computes:
-            yield _beside_the_host(problem, usable)
-    elif accelerators:
+    if problem.host_computes and usable:
+        yield _beside_the_host(problem, usable)
+    if accelerators and not (problem.offload and usable):
         yield Missing(nbytes=_shortfall(problem, accelerators))
     if problem.host_computes or not accelerators:
         yield _on_the_host(problem, units)
@@ -199,6 +202,8 @@ def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Mi
     host = _on_the_host(problem, rest, len(kept)) if rest else None
     if isinstance(host, Missing):
         return host
+    if not rest and problem.host_room((), len(kept)) < 0:
+        return Missing(nbytes=-problem.host_room((), len(kept)))
     placed = {}
     for device, members in kept.items():
         one = place(_segment(problem, device, members, 0))
