@@ -5,7 +5,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from models import machine, random_model
+from plan_models import machine, random_model
 
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import DoesNotFit

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from loadstone.api.machine import machine_at_hand, process_at_hand
 from loadstone.api.pause import paused_gc
-from loadstone.architecture.gguf import config_from_metadata
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
@@ -104,6 +103,8 @@ def plan(
 def with_config(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the config that its GGUF metadata imply, its counts checked against its tensors."""
     if checkpoint.format is Format.GGUF:
+        from loadstone.architecture.gguf import config_from_metadata  # and with it numpy, a tenth of a second
+
         checkpoint = replace(checkpoint, config=config_from_metadata(checkpoint))
     check_counts(checkpoint.config or {}, checkpoint)
     return checkpoint

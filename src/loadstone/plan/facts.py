@@ -17,7 +17,8 @@ _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "de
 _ENCODERS = re.compile(
     r"albert|bert|big_bird|camembert|canine|convbert|data2vec-(audio|text|vision)|deberta(-v2)?|distilbert|electra|ernie"
     r"|esm|eurobert|flaubert|fnet|ibert|layoutlm|layoutlmv3|longformer|luke|mobilebert|modernbert|mpnet|nomic_bert"
-    r"|nystromformer|roberta(-prelayernorm)?|roformer|splinter|squeezebert|xlm-roberta(-xl)?|xmod|yoso"
+    r"|megatron-bert|nystromformer|rembert|roberta(-prelayernorm)?|roc_bert|roformer|splinter|squeezebert"
+    r"|xlm-roberta(-xl)?|xmod|yoso"
     r"|clip(_\w+)?|siglip2?(_\w+)?|convnext|deit|dinov2|dinov3_\w+|resnet|swin|vit"
     r"|hubert|unispeech|wav2vec2(-conformer)?|wavlm"
 )

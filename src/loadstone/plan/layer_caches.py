@@ -14,7 +14,7 @@ from loadstone.architecture.config import Sizes
 
 # Kinds of layers by the words that configs use for them.
 _WINDOWED = ("sliding", "local")
-_STATES = ("linear", "mamba", "conv", "recurrent", "kda", "delta")
+_STATES = ("linear", "mamba", "recurrent", "kda", "delta")
 _NOTHING = ("dummy", "moe", "mlp", "reuse")
 
 # Families whose every n-th layer attends to everything where config.json has no `layer_types`; the first is number 1.
@@ -33,21 +33,23 @@ class LayerCache:
     Attributes:
         token_numel: keys and values of one token, or what stands for them.
         window: how many tokens are kept; None for all.
-        state_numel: what does not grow with the tokens.
+        conv_numel: the last inputs of a convolution, which do not grow with the tokens.
+        recurrent_numel: a recurrent state, which does not grow either and is kept in float32.
     """
 
     token_numel: int = 0
     window: int | None = None
-    state_numel: int = 0
+    conv_numel: int = 0
+    recurrent_numel: int = 0
 
-    def numel(self, context: int, prompt_tokens: int) -> int:
-        """The most it holds of one sequence.
+    def nbytes(self, context: int, prompt_tokens: int, width_bytes: int) -> int:
+        """The most it holds of one sequence, in a dtype of so many bytes.
 
         A windowed layer's tensors are views of those that the prompt was computed with, which stay whole until the
         next token (`DynamicSlidingWindowLayer.update`).
         """
         kept = context if self.window is None else min(context, max(self.window, prompt_tokens))
-        return self.token_numel * kept + self.state_numel
+        return (self.token_numel * kept + self.conv_numel) * width_bytes + 4 * self.recurrent_numel
 
 
 def layer_caches(config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
@@ -61,20 +63,31 @@ def layer_caches(config: Mapping[str, Any]) -> tuple[LayerCache, ...]:
     """
     sizes = Sizes(config=config)
     kinds = _kinds(config, sizes)
-    token, state = _token_numel(sizes), _state_numel(sizes)
-    chunk = sizes.number("attention_chunk_size")
-    window = sizes.window
-    makers = {
-        "full": LayerCache(token_numel=token),
-        "sliding": LayerCache(token_numel=token, window=window),
-        "chunked": LayerCache(token_numel=token, window=chunk or window),
-        "state": LayerCache(state_numel=state),
-        "both": LayerCache(token_numel=token, state_numel=state),
-        "nothing": LayerCache(),
-    }
     shared = sizes.number("num_kv_shared_layers") or 0  # the last layers read what earlier ones keep (Gemma 3n)
-    return tuple(
-        LayerCache() if shared and index >= len(kinds) - shared else makers[kind] for index, kind in enumerate(kinds)
+    keeping = len(kinds) - shared if shared else len(kinds)
+    own = config.get("per_layer_config")  # what single layers have otherwise, by their number
+    found: dict[str, LayerCache] = {kind: _layer_cache(kind, sizes) for kind in dict.fromkeys(kinds)}
+    layers = [found[kind] if index < keeping else LayerCache() for index, kind in enumerate(kinds)]
+    for number, changes in own.items() if isinstance(own, Mapping) else ():
+        if number.isdecimal() and int(number) < keeping and isinstance(changes, Mapping):
+            changed = Sizes(config={**config, **changes})
+            layers[int(number)] = _layer_cache(kinds[int(number)], changed)
+    return tuple(layers)
+
+
+def _layer_cache(kind: str, sizes: Sizes) -> LayerCache:
+    if kind == "nothing":
+        return LayerCache()
+    if kind == "conv":
+        return LayerCache(conv_numel=(sizes.width or 0) * (sizes.number("conv_L_cache", "conv_kernel") or 4))
+    conv, recurrent = _state_numel(sizes) if kind in ("state", "both") else (0, 0)
+    chunk = sizes.number("attention_chunk_size")
+    windows = {"sliding": sizes.window, "chunked": chunk or sizes.window}
+    return LayerCache(
+        token_numel=0 if kind == "state" else _token_numel(sizes),
+        window=windows.get(kind),
+        conv_numel=conv,
+        recurrent_numel=recurrent,
     )
 
 
@@ -85,30 +98,46 @@ def _token_numel(sizes: Sizes) -> int:
         # The compressed vector is cached and expanded in each pass (DeepseekV3Attention.forward, `expand_kv`).
         per_layer = latent + (sizes.number("qk_rope_head_dim") or 0) + (sizes.number("index_head_dim") or 0)
         return per_layer * (2 if sizes.config.get("model_type") == "longcat_flash" else 1)
-    widest_heads = max(sizes.num_kv_heads or 0, sizes.number("swa_num_key_value_heads") or 0)
-    widest_dim = max(sizes.head_dim or 0, sizes.number("global_head_dim") or 0)
-    return 2 * widest_heads * widest_dim
+    heads = max(sizes.num_kv_heads or 0, sizes.number("swa_num_key_value_heads") or 0)
+    key_dim = max(sizes.head_dim or 0, sizes.number("global_head_dim") or 0, sizes.number("swa_head_dim") or 0)
+    value_dim = max(sizes.number("v_head_dim") or key_dim, sizes.number("swa_v_head_dim") or 0)
+    return heads * (key_dim + value_dim)
 
 
-def _state_numel(sizes: Sizes) -> int:
-    """Elements of the state of one layer without attention; states that are kept in float32 count double."""
+def _state_numel(sizes: Sizes) -> tuple[int, int]:
+    """Elements of one layer that keeps states: the last inputs of its convolution, and its recurrent state."""
+    config = sizes.config
+    kernel = sizes.number("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel", "conv1d_width") or 4
     key_heads, value_heads = sizes.number("linear_num_key_heads"), sizes.number("linear_num_value_heads")
-    kernel = sizes.number("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel", "conv_L_cache", "conv1d_width") or 4
     if key_heads and value_heads:  # gated delta nets
         key_dim, value_dim = sizes.number("linear_key_head_dim") or 0, sizes.number("linear_value_head_dim") or 0
         channels = 2 * key_heads * key_dim + value_heads * value_dim
-        return 2 * value_heads * key_dim * value_dim + channels * kernel
-    width = sizes.width or 0
-    expand = sizes.config.get("mamba_expand", sizes.config.get("expand", 2))
-    inner = sizes.number("mamba_intermediate_size", "mamba_d_ssm", "lru_width")
-    inner = inner or int(width * (expand if isinstance(expand, int | float) else 2))
+        return channels * kernel, value_heads * key_dim * value_dim
+    linear = config.get("linear_attn_config")
+    if isinstance(linear, Mapping):  # Kimi Linear
+        own = Sizes(config=linear)
+        heads, dim = own.number("num_heads") or 0, own.number("head_dim") or 0
+        return 3 * heads * dim * (own.number("short_conv_kernel_size") or 4), heads * dim * dim
+    inner = _state_width(sizes)
     state = sizes.number("mamba_d_state", "state_size", "ssm_state_size", "mamba_state_dim") or 16
-    groups = sizes.number("mamba_n_groups", "mamba_ngroups", "n_groups") or 1
-    return 2 * inner * state + (inner + 2 * groups * state) * kernel
+    groups = sizes.number("mamba_n_groups", "mamba_ngroups", "n_groups") or 0
+    return (inner + 2 * groups * state) * kernel, inner * state
+
+
+def _state_width(sizes: Sizes) -> int:
+    """The channels of a state space layer."""
+    heads, dim = sizes.number("mamba_num_heads", "mamba_n_heads"), sizes.number("mamba_head_dim", "mamba_d_head")
+    if heads and dim:
+        return heads * dim
+    own = sizes.number("mamba_intermediate_size", "mamba_d_ssm", "lru_width")
+    if own is None and sizes.config.get("model_type") in _ALL_STATES:
+        own = sizes.number("intermediate_size")
+    expand = sizes.config.get("mamba_expand", sizes.config.get("expand", 2))
+    return own or int((sizes.width or 0) * (expand if isinstance(expand, int | float) else 2))
 
 
 def _kinds(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
-    """The kind of each layer: full, sliding, chunked, state, both or nothing."""
+    """The kind of each layer: full, sliding, chunked, conv, state, both or nothing."""
     count = sizes.num_layers or 0
     for name in ("layer_types", "layers_block_type", "block_types"):
         listed = config.get(name)
@@ -128,6 +157,8 @@ def _kind(word: str, sizes: Sizes) -> str:
         return "chunked"
     if any(part in word for part in _WINDOWED):
         return "sliding" if sizes.window else "full"
+    if "conv" in word:
+        return "conv"
     if any(part in word for part in _STATES):
         return "state"
     return "nothing" if word in _NOTHING else "full"
@@ -142,7 +173,7 @@ def _kind_at(index: int, config: Mapping[str, Any], sizes: Sizes) -> str:
         return "both"
     attending = _attending(index, config, sizes, model_type)
     if attending is not None:
-        return "full" if attending else "state"
+        return "full" if attending else "conv" if sizes.number("conv_L_cache") else "state"
     every = sizes.number("sliding_window_pattern", "_sliding_window_pattern") or _EVERY_NTH_FULL.get(model_type)
     if sizes.window is None and not sizes.number("attention_chunk_size"):
         return "full"

@@ -48,8 +48,8 @@ def cache_bytes(facts: Facts, pressure: Pressure) -> tuple[int, ...]:
     """What each layer keeps at the end of the context, cross-attention included."""
     run, width = pressure.run, pressure.width_bytes
     source = facts.max_source or run.prompt_tokens
-    cross = facts.cross_numel * source
-    return tuple(run.batch * width * (layer.numel(run.context, run.prompt_tokens) + cross) for layer in facts.layers)
+    cross = facts.cross_numel * source * width
+    return tuple(run.batch * (layer.nbytes(run.context, run.prompt_tokens, width) + cross) for layer in facts.layers)
 
 
 def terms(facts: Facts, pressure: Pressure) -> Mapping[str, int]:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from loadstone.architecture.blocks import Block, group_blocks, tied_groups
-from loadstone.architecture.gguf import tensor_targets
 from loadstone.architecture.keymap import WRAPPER_PREFIXES
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
@@ -137,6 +136,8 @@ def inventory(checkpoint: Checkpoint, facts: Facts, dtype: str) -> Inventory:
 def _module_names(checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
     """What each tensor is called in the module, and which are rearranged for it."""
     if checkpoint.format is Format.GGUF and checkpoint.config is not None:
+        from loadstone.architecture.gguf import tensor_targets  # and with it numpy, a tenth of a second
+
         targets = tensor_targets(checkpoint, checkpoint.config)
         moved = frozenset(
             name for name, target in targets.items() if target.layout is not None or target.part is not None
@@ -229,7 +230,14 @@ def _merged(units: list[Unit], groups: list[list[Unit]], head_tables: set[str]) 
     together: dict[str, list[Unit]] = {}
     for unit in units:
         together.setdefault(root(unit.name), []).append(unit)
-    merged = [_one(members, any(member.name in head_tables for member in members)) for members in together.values()]
+    last = max((unit.order for unit in units), default=0) + 1
+    merged = []
+    for members in together.values():
+        is_head = any(member.name in head_tables for member in members)
+        one = _one(members, is_head)
+        # The walk ends with the head, also where its table is what is stored and the class names the head elsewhere.
+        no_head_stored = is_head and all(member.kind is not UnitKind.HEAD for member in members)
+        merged.append(replace(one, order=last) if no_head_stored else one)
     return sorted(merged, key=lambda unit: unit.order)
 
 
