@@ -80,6 +80,9 @@ def test_a_device_map_comes_from_a_file_or_is_a_word(
     path.write_text('{"": 1, "lm_head": "cpu"}')
     _, out, _ = run(chatty_folder, "--machine", two_gpus, "--json", "--device-map", path)
     assert {one.unit: one.home for one in from_json(json.loads(out)).placements}["lm_head"] == "cpu"
+    exported = tmp_path / "exported.json"
+    run(chatty_folder, "--machine", two_gpus, "--device-map", path, "--save-device-map", exported)
+    assert json.loads(exported.read_text())["lm_head"] == "cpu"
     _, out, _ = run(chatty_folder, "--machine", two_gpus, "--json", "--device-map", "cpu")
     assert {one.home for one in from_json(json.loads(out)).placements} == {"cpu"}
 

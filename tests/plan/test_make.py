@@ -107,6 +107,21 @@ def test_a_gpu_is_served_from_the_disk_where_the_host_has_no_room() -> None:
     assert all(one.compute == "cuda:0" for one in plan.placements)
 
 
+def test_a_device_that_shares_the_hosts_memory_is_served_from_the_disk() -> None:
+    on = machine(100_000_000 + 60_000_000)
+    shared = replace(on.devices[0], id="mps", kind="mps", total_bytes=200_000_000, free_bytes=200_000_000)
+    plan = make_plan(MODEL, replace(on, devices=(shared, *on.devices)), Asked(run=Run(context=1000, prompt_tokens=999)))
+    assert {one.compute for one in plan.placements} == {"mps"}
+    assert {one.home for one in plan.placements} <= {"mps", DISK}
+
+
+def test_a_gpu_too_small_for_a_ring_is_left_out() -> None:
+    small, large = 600_000_000 + 107_750_000, 600_000_000 + 96_000_000 + 60_000_000
+    on = machine(10**9, small, large, compute=True)
+    plan = make_plan(MODEL, on, Asked(run=Run(context=1000, prompt_tokens=1000)))
+    assert {one.compute for one in plan.placements} == {"cuda:1"}
+
+
 def test_no_offload_fails_rather_than_streams() -> None:
     fits = host_plan(10**9).devices[-1].peak_bytes
     assert not host_plan(fits, offload=False).streams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,9 @@ def plan_command(
     ] = None,
     no_offload: Annotated[bool, typer.Option("--no-offload", help="Fail rather than stream.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file, as JSON.")] = None,
+    save_device_map: Annotated[
+        Path | None, typer.Option(help="Write where each module is kept to this file, as a device map of transformers.")
+    ] = None,
     diff: Annotated[Path | None, typer.Option(help="Show what is different from the plan in this file.")] = None,
     revision: options.Revision = None,
     local_files_only: options.LocalOnly = False,
@@ -76,6 +80,10 @@ def plan_command(
         )
     if save is not None:
         _write(save, plan_file.to_json(made))
+    if save_device_map is not None:
+        from loadstone.plan.device_map import to_device_map
+
+        _write(save_device_map, to_device_map(made))
     if earlier is not None:
         lines = plan_file.diff(earlier, made)
         if as_json:
@@ -115,7 +123,7 @@ def _not_json(message: str) -> Any:
     return InvalidPlan(message)
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
+def _write(path: Path, data: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.new")
     try:

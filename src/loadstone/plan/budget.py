@@ -13,6 +13,9 @@ from loadstone.plan.values import HOST
 # What is left alone of free memory where no budget is named: other processes breathe, allocators round up.
 HOST_MARGIN_SHARE = 0.05
 DEVICE_MARGIN_SHARE = 0.03
+# Devices whose memory is the host's, and the part of it that they leave to the host.
+# Source: https://developer.apple.com/documentation/metal/mtldevice/recommendedmaxworkingsetsize
+SHARED_MEMORY = {"mps": 0.25}
 # A CUDA context with the kernels of torch, before the first tensor: 0.3-0.6 GB by generation.
 # Source: https://github.com/pytorch/pytorch/issues/20532
 CONTEXT_BYTES = {"cuda": 600_000_000, "xpu": 300_000_000}
@@ -131,4 +134,5 @@ def _budget(device: Device, asked: int | None, process: Process) -> int:
         free += process.level_bytes if process.is_taken else 0
         return min(free, asked) if asked is not None else int(free * (1 - HOST_MARGIN_SHARE))
     free = max(0, free - CONTEXT_BYTES.get(device.kind, 0))
-    return min(free, asked) if asked is not None else int(free * (1 - DEVICE_MARGIN_SHARE))
+    margin = SHARED_MEMORY.get(device.kind, DEVICE_MARGIN_SHARE)
+    return min(free, asked) if asked is not None else int(free * (1 - margin))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loadstone.hardware.spec import Device
+from loadstone.plan.budget import SHARED_MEMORY
 from loadstone.plan.cost import Speeds
 from loadstone.plan.place import Assignment, Missing, Placed, Segment, place, run_s
 from loadstone.plan.reserve import PINNED_RING_BYTES, host_workspace_bytes
@@ -127,9 +128,10 @@ def _ways(problem: Problem) -> Iterator[Layout | Missing]:
                 return  # all of it is resident; more devices would only pass activations on
             break
     if problem.offload and usable:
-        yield _on_accelerators(problem, _shared_out(problem, usable), whole=False)
-    if problem.host_computes and usable:
-        yield _beside_the_host(problem, usable)
+        yield _streamed_to(problem, usable)
+    discrete = [device for device in usable if device.kind not in SHARED_MEMORY]
+    if problem.host_computes and discrete:
+        yield _beside_the_host(problem, discrete)
     if accelerators and not (problem.offload and usable):
         yield Missing(nbytes=_shortfall(problem, accelerators))
     if problem.host_computes or not accelerators:
@@ -172,13 +174,26 @@ def _on_accelerators(
     placed: dict[str, Placed] = {}
     for device, units in segments:
         # A device that shares the host's memory gains nothing from units that live there.
-        room = 0 if device.kind == "mps" or whole else host_room
+        room = 0 if device.kind in SHARED_MEMORY or whole else host_room
         one = place(_segment(problem, device.id, units, room))
         if isinstance(one, Missing):
             return one
         placed[device.id] = one
         host_room -= one.host_bytes
     return _joined(placed)
+
+
+def _streamed_to(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
+    """The accelerators with what they cannot keep brought to them; without the smallest where it cannot hold a ring."""
+    left = list(devices)
+    missing: list[int] = []
+    while left:
+        layout = _on_accelerators(problem, _shared_out(problem, left), whole=False)
+        if isinstance(layout, Layout):
+            return layout
+        missing.append(layout.nbytes)
+        left.remove(min(left, key=lambda device: problem.device_room(device.id)))
+    return Missing(nbytes=min(missing))
 
 
 def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:

@@ -198,6 +198,7 @@ def _kind(fqn: str, info: TensorInfo) -> UnitKind:
 def _tied(units: list[Unit], bare: Inventory, facts: Facts) -> list[Unit]:
     """Put tied units together: a table that is also the head is needed whole by the head, so it counts as one."""
     tables = [unit for unit in units if unit.kind is UnitKind.EMBEDDING and _TOKEN_TABLES.search(unit.name)]
+    tables = [unit for unit in tables if _shape(unit, bare)[0] == facts.vocab] or tables
     heads = [
         unit
         for unit in units
