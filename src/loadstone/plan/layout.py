@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from loadstone.hardware.spec import Device
 from loadstone.plan.budget import SHARED_MEMORY
@@ -18,6 +19,8 @@ from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Unit, UnitKind
 
 _BISECTIONS = 12
+# Trying other borders between devices ends after so many units were placed anew: some tenths of a second.
+_MOST_TRIED_UNITS = 8_000
 # Units of which a token needs only a part.
 _SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
 
@@ -112,7 +115,7 @@ def best_layout(problem: Problem) -> Layout | Missing:
             found.append(layout)
     if not found:
         return Missing(nbytes=min(missing))
-    return min(found, key=lambda layout: run_s(layout.pass_s, problem.num_passes))  # the first of equals
+    return min(found, key=lambda layout: _run_s(problem, layout))  # the first of equals
 
 
 def _ways(problem: Problem) -> Iterator[Layout | Missing]:
@@ -130,8 +133,12 @@ def _ways(problem: Problem) -> Iterator[Layout | Missing]:
     if problem.offload and usable:
         yield _streamed_to(problem, usable)
     discrete = [device for device in usable if device.kind not in SHARED_MEMORY]
-    if problem.host_computes and discrete:
-        yield _beside_the_host(problem, discrete)
+    for count in range(len(discrete), 0, -1) if problem.host_computes else ():
+        # Each accelerator takes a little of the host, too, so fewer of them can be better.
+        beside = _beside_the_host(problem, discrete[:count])
+        yield beside
+        if isinstance(beside, Layout) and count * len(units) > _MOST_TRIED_UNITS:
+            break
     if accelerators and not (problem.offload and usable):
         yield Missing(nbytes=_shortfall(problem, accelerators))
     if problem.host_computes or not accelerators:
@@ -186,14 +193,38 @@ def _on_accelerators(
 def _streamed_to(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
     """The accelerators with what they cannot keep brought to them; without the smallest where it cannot hold a ring."""
     left = list(devices)
+    steps = _steps(problem)
     missing: list[int] = []
     while left:
-        layout = _on_accelerators(problem, _shared_out(problem, left), whole=False)
+        cuts = _in_proportion(steps, [problem.device_room(device.id) for device in left])
+        layout = _on_accelerators(problem, _cut(steps, left, cuts), whole=False)
         if isinstance(layout, Layout):
-            return layout
+            return _better_cuts(problem, left, cuts, layout)
         missing.append(layout.nbytes)
         left.remove(min(left, key=lambda device: problem.device_room(device.id)))
     return Missing(nbytes=min(missing))
+
+
+def _better_cuts(problem: Problem, devices: Sequence[Device], cuts: list[int], best: Layout) -> Layout:
+    """Move the borders between devices by a block at a time, as long as that helps and is not too much work."""
+    steps = _steps(problem)
+    tries = _MOST_TRIED_UNITS // max(1, len(problem.inventory.units))
+    improved = len(devices) > 1
+    while improved and tries > 0:
+        improved = False
+        for index, by in ((index, by) for index in range(len(cuts)) for by in (-1, 1)):
+            moved = [cut + by if at == index else cut for at, cut in enumerate(cuts)]
+            if not all(before <= after for before, after in pairwise([0, *moved, len(steps)])):
+                continue
+            tries -= 1
+            layout = _on_accelerators(problem, _cut(steps, devices, moved), whole=False)
+            if isinstance(layout, Layout) and _run_s(problem, layout) < _run_s(problem, best):
+                best, cuts, improved = layout, moved, True
+    return best
+
+
+def _run_s(problem: Problem, layout: Layout) -> float:
+    return run_s(layout.pass_s, problem.num_passes)
 
 
 def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
@@ -279,20 +310,29 @@ def _packed(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> li
     return shares
 
 
-def _shared_out(problem: Problem, devices: Sequence[Device]) -> list[tuple[Device, list[Unit]]]:
-    """Consecutive shares in proportion to the devices' room, where not all of it can be resident."""
-    rooms = [problem.device_room(device.id) for device in devices]
-    steps = _steps(problem)
+def _in_proportion(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> list[int]:
+    """Where to cut the walk for shares in proportion to the devices' room, where not all of it can be resident."""
     total, room = sum(size for size, _ in steps) or 1, sum(rooms)
-    shares: list[list[Unit]] = [[] for _ in devices]
-    done, index, reach = 0.0, 0, rooms[0] / room
-    for size, units in steps:
-        while index < len(devices) - 1 and (done + size / 2) / total > reach:
-            index += 1
-            reach += rooms[index] / room
-        shares[index].extend(units)
+    cuts: list[int] = []
+    done, reach = 0.0, rooms[0] / room
+    for index, (size, _) in enumerate(steps):
+        while len(cuts) < len(rooms) - 1 and (done + size / 2) / total > reach:
+            cuts.append(index)
+            reach += rooms[len(cuts)] / room
         done += size
-    return [(device, units) for device, units in zip(devices, shares, strict=True) if units]
+    return cuts + [len(steps)] * (len(rooms) - 1 - len(cuts))
+
+
+def _cut(
+    steps: Sequence[tuple[int, list[Unit]]], devices: Sequence[Device], cuts: Sequence[int]
+) -> list[tuple[Device, list[Unit]]]:
+    """The shares of the devices; those that get nothing are left out."""
+    bounds = [0, *cuts, len(steps)]
+    shares = [
+        (device, [unit for _, units in steps[begin:end] for unit in units])
+        for device, (begin, end) in zip(devices, pairwise(bounds), strict=True)
+    ]
+    return [(device, units) for device, units in shares if units]
 
 
 def cache_by_order(units: Iterable[Unit], by_layer: Sequence[int]) -> dict[int, int]:
