@@ -19,8 +19,8 @@ from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Unit, UnitKind
 
 _BISECTIONS = 12
-# Trying other borders between devices ends after so many units were placed anew: some tenths of a second.
-_MOST_TRIED_UNITS = 8_000
+# Trying other borders between devices ends after so many units were placed anew: about a tenth of a second.
+_MOST_TRIED_UNITS = 700
 # Units of which a token needs only a part.
 _SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
 
@@ -214,7 +214,7 @@ def _better_cuts(problem: Problem, devices: Sequence[Device], cuts: list[int], b
         improved = False
         for index, by in ((index, by) for index in range(len(cuts)) for by in (-1, 1)):
             moved = [cut + by if at == index else cut for at, cut in enumerate(cuts)]
-            if not all(before <= after for before, after in pairwise([0, *moved, len(steps)])):
+            if tries <= 0 or not all(before <= after for before, after in pairwise([0, *moved, len(steps)])):
                 continue
             tries -= 1
             layout = _on_accelerators(problem, _cut(steps, devices, moved), whole=False)
