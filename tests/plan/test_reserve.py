@@ -132,17 +132,17 @@ def test_terms_grow_with_the_tokens_and_stand_apart() -> None:
     )  # fmt: skip
     short = terms(given, Pressure(run=Run(context=100, prompt_tokens=10), dtype_bits=16))
     assert short == {
-        "residual": 3 * 10 * 100 * 2,
+        "residual": 4 * 10 * 100 * 2,
         "norm": 3 * 10 * 100 * 4,
         "attention": 10 * (3 * 100 + 2 * 100 + 100) * 2,
-        "feed_forward": 3 * 10 * 300 * 2,
+        "feed_forward": 10 * 300 * (2 + 2 + 4),
         "experts": 0,
         "mask": 0,
         "cache_growth": 100 * 100 * 2,
         "logits": 1000 * 2,
         "logits_float32": 3 * 1000 * 4,
     }
-    assert activation_bytes(short) == 6000 + 20_000 + 18_000
+    assert activation_bytes(short) == 8000 + 20_000 + 24_000
     assert logits_bytes(short) == 14_000
     padded = terms(given, Pressure(run=Run(context=100, prompt_tokens=10, batch=2), dtype_bits=16))
     assert padded["mask"] == 2 * 10 * 100

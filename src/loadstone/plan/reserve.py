@@ -66,13 +66,14 @@ def terms(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
     tokens, width = pressure.tokens, pressure.width_bytes
     by_layer = cache_bytes(facts, pressure)
     return {
-        # hidden_states, the residual beside it, and the output of the part that is added to it
-        "residual": 3 * tokens * facts.width * width,
+        # inputs_embeds, which forward holds to its end, the residual, its norm, and what is added to it
+        "residual": 4 * tokens * facts.width * width,
         # RMSNorm.forward: a float32 copy, its square, and the product before it is cast back
         "norm": 3 * tokens * facts.width * _FLOAT32_BYTES,
         "attention": _attention(facts, pressure),
-        # down_proj(act(gate_proj(x)) * up_proj(x)): gate, its activation, up; then their product instead of gate
-        "feed_forward": 3 * tokens * facts.inner * width,
+        # down_proj(act(gate_proj(x)) * up_proj(x)): gate, up, and either their product or, in 16 bits on a CPU, the
+        # float32 sums that aten::mm works in (found with torch's profiler)
+        "feed_forward": (2 * width + _FLOAT32_BYTES) * tokens * facts.inner,
         "experts": _experts(facts, pressure),
         # masking_utils.sdpa_mask: bools, made where sequences are padded or windows are narrower than the context
         "mask": _mask(facts, pressure),
