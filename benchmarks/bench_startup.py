@@ -1,7 +1,8 @@
-"""How fast is the command itself: `import loadstone`, `loadstone --help`, and `loadstone inspect` on huge checkpoints?
+"""How fast is the command itself: `import loadstone`, `loadstone --help`, `inspect` and `plan` on huge checkpoints?
 
 The checkpoints are sparse files: 70 billion parameters in 30 shards, and a 1.5 TB mixture of experts with more than
-60,000 tensors. Whole commands are timed, the start of Python included, in fresh processes.
+60,000 tensors; they are planned for a machine with eight GPUs. Whole commands are timed, the start of Python included,
+in fresh processes.
 
     python benchmarks/bench_startup.py --repeats 5
 """
@@ -9,6 +10,7 @@ The checkpoints are sparse files: 70 billion parameters in 30 shards, and a 1.5 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +23,13 @@ from typing import Any
 import harness
 import sparse_checkpoint
 
-GOALS_S = {"import loadstone": 0.05, "inspect 70B, 30 shards": 0.5, "inspect 1.5 TB, 60,000 tensors": 2.0}
+GOALS_S = {
+    "import loadstone": 0.05,
+    "inspect 70B, 30 shards": 0.5,
+    "inspect 1.5 TB, 60,000 tensors": 2.0,
+    "plan 70B, 8 GPUs": 0.3,
+    "plan 1.5 TB, 60,000 tensors, 8 GPUs": 3.0,
+}
 
 
 def timed(command: list[str]) -> float:
@@ -30,6 +38,15 @@ def timed(command: list[str]) -> float:
     begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - begin
+
+
+def eight_gpus(path: Path) -> Path:
+    """Describe a machine with eight GPUs of 80 GB."""
+    gpu = {"kind": "cuda", "name": "GPU", "total_bytes": 80 * 10**9, "free_bytes": 79 * 10**9}
+    host = {"id": "cpu", "kind": "cpu", "name": "CPU", "total_bytes": 10**12, "free_bytes": 9 * 10**11}
+    devices = [{**gpu, "id": f"cuda:{index}"} for index in range(8)]
+    path.write_text(json.dumps({"name": "eight", "num_cores": 64, "devices": [*devices, host]}))
+    return path
 
 
 def import_time() -> float:
@@ -54,6 +71,7 @@ def main() -> None:
             f"{2 * sum(map(prod, experts.values())) / 1e12:.2f} TB in {len(experts):,} tensors"
         )
         command = [sys.executable, "-m", "loadstone"]
+        machine = str(eight_gpus(Path(name) / "machine.json"))
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
             "loadstone --help": [*command, "--help"],
@@ -61,6 +79,8 @@ def main() -> None:
             "inspect 70B, 30 shards, --json": [*command, "inspect", str(large), "--json"],
             "inspect 1.5 TB, 60,000 tensors": [*command, "inspect", str(huge)],
             "inspect 1.5 TB, 60,000 tensors, --json": [*command, "inspect", str(huge), "--json"],
+            "plan 70B, 8 GPUs": [*command, "plan", str(large), "--machine", machine],
+            "plan 1.5 TB, 60,000 tensors, 8 GPUs": [*command, "plan", str(huge), "--machine", machine],
         }
 
         def run(what: str) -> dict[str, Any]:

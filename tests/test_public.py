@@ -25,6 +25,7 @@ def test_the_public_names_are_these() -> None:
         "load_tokenizer",
         "machine",
         "of",
+        "plan",
         "verify",
     ]
     for name in loadstone.__all__:
@@ -55,3 +56,8 @@ loadstone.inspect(folder)
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'bananas'"):
         loadstone.bananas  # noqa: B018
+
+
+def test_plan_is_the_function_also_after_the_room_of_that_name_was_imported() -> None:
+    code = "import loadstone, loadstone.plan.values, loadstone.plan.make; assert loadstone.plan.__name__ == 'plan'"
+    assert not imported_by(code) & {"torch", "transformers"}

@@ -8,6 +8,8 @@ print(loadstone.of(model).report)
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from loadstone.api.inspect import inspect
     from loadstone.api.load import load
     from loadstone.api.machine import machine
+    from loadstone.api.plan import plan
     from loadstone.api.registry import of
     from loadstone.api.tokenizer import load_tokenizer
     from loadstone.api.verify import verify
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "machine", "of", "verify"]
+__all__ = ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "machine", "of", "plan", "verify"]
 
 # Names are looked up when they are used (PEP 562), so that importing loadstone imports nothing heavy.
 _HOMES = {
@@ -34,6 +37,7 @@ _HOMES = {
     "machine": "loadstone.api.machine",
     "of": "loadstone.api.registry",
     "verify": "loadstone.api.verify",
+    "plan": "loadstone.api.plan",
 }
 
 
@@ -45,3 +49,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """`loadstone.plan` is the function, also after the room of that name was imported, which sets the attribute."""
+
+    @property
+    def plan(self) -> Any:
+        return __getattr__("plan")
+
+    @plan.setter
+    def plan(self, room: Any) -> None:
+        """The room is found in `sys.modules`, as every `from loadstone.plan... import` does."""
+
+
+sys.modules[__name__].__class__ = _Package

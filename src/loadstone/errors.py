@@ -27,6 +27,8 @@
     │   └── DiskFull                the disk has no room for it
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
     ├── DeviceUnavailable           the device asked for is not there
+    ├── DoesNotFit                  no plan keeps within the memory allowed
+    ├── InvalidPlan                 a plan that cannot be read, or is no longer true
     └── InvalidMachine              no machine of that name, or a machine file that cannot be used
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
@@ -34,6 +36,8 @@ A message says where, what was expected, what was found, and what to do. Misuse 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class LoadstoneError(Exception):
@@ -161,6 +165,24 @@ class UnsupportedDtype(LoadstoneError):
 
 class DeviceUnavailable(LoadstoneError):
     """The device that was asked for is not on this machine."""
+
+
+class DoesNotFit(LoadstoneError):
+    """No plan keeps within the memory allowed.
+
+    Attributes:
+        shortfall_bytes: the least that is missing.
+        alternatives: plans (`loadstone.plan.values.Plan`) that do fit, each with a label of what it does differently.
+    """
+
+    def __init__(self, message: str, *, shortfall_bytes: int, alternatives: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.shortfall_bytes = shortfall_bytes
+        self.alternatives = alternatives
+
+
+class InvalidPlan(LoadstoneError):
+    """A plan file cannot be read, or describes another checkpoint or machine."""
 
 
 class InvalidMachine(LoadstoneError):

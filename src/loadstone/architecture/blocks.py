@@ -15,6 +15,9 @@ _EXPERT = re.compile(r"(?:^|\.)experts?\.(\d+)(?:\.|$)")
 _FIRST_WORDS = ("embed", "wte", "wpe", "token_embd", "position_embd", "patch", "shared", "conv1", "conv2", "cls_token")
 _HEAD_WORDS = ("head", "output", "classifier", "pooler", "score", "cls")
 _NORM_WORDS = ("norm", "ln_f")
+# Stacks of blocks that run before the others, and those that run after them.
+_EARLY_STACKS = ("vision", "visual", "image", "audio", "encoder", "enc.")
+_LATE_STACKS = ("decoder", "language", "text_model", "dec.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,9 @@ def tied_groups(tensors: Mapping[str, TensorInfo]) -> tuple[tuple[str, ...], ...
 def _rank(key: tuple[str | None, int, str], stacks: list[str]) -> tuple[int, int]:
     stack, _, fqn = key
     if stack is not None:
-        return (1, (1000 if "decoder" in stack else 0) + stacks.index(stack))
+        early = any(word in f"{stack}." for word in _EARLY_STACKS)
+        late = any(word in f"{stack}." for word in _LATE_STACKS)
+        return (1, 1000 * (1 + late - early) + stacks.index(stack))
     leaf = fqn.lower()
     if any(word in leaf for word in _FIRST_WORDS):
         return (0, 0)

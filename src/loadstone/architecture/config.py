@@ -56,6 +56,7 @@ class Sizes:
     def num_layers(self) -> int | None:
         """Blocks that keep a KV cache: the decoder's in encoder-decoder models."""
         names: tuple[str, ...] = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+        names += ("num_decoder_layers",)
         if self.config.get("is_encoder_decoder"):
             names = ("num_decoder_layers", "decoder_layers", "num_layers", "num_hidden_layers")
         return self.number(*names)
@@ -63,7 +64,8 @@ class Sizes:
     @property
     def num_heads(self) -> int | None:
         """Query heads."""
-        names = ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+        names: tuple[str, ...] = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+        names += ("decoder_attention_heads", "num_decoder_attention_heads", "encoder_attention_heads")
         return self.number(*names)
 
     @property

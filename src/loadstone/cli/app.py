@@ -6,7 +6,15 @@ import sys
 
 import typer
 
-from loadstone.cli import convert_command, inspect_command, load_command, machine_command, run_command, verify_command
+from loadstone.cli import (
+    convert_command,
+    inspect_command,
+    load_command,
+    machine_command,
+    plan_command,
+    run_command,
+    verify_command,
+)
 from loadstone.errors import LoadstoneError
 
 app = typer.Typer(
@@ -19,6 +27,7 @@ app = typer.Typer(
 )
 app.command("inspect", epilog=inspect_command.EPILOG)(inspect_command.inspect_command)
 app.command("load", epilog=load_command.EPILOG)(load_command.load_command)
+app.command("plan", epilog=plan_command.EPILOG)(plan_command.plan_command)
 app.command("run", epilog=run_command.EPILOG)(run_command.run_command)
 app.command("convert", epilog=convert_command.EPILOG)(convert_command.convert_command)
 app.command("machine", epilog=machine_command.EPILOG)(machine_command.machine_command)

@@ -1,0 +1,168 @@
+"""How long things take, from measured rates; typical ones stand in where nothing was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loadstone.dtypes import DTYPES
+from loadstone.hardware.spec import ComputeRate, Device, Machine
+from loadstone.plan.values import HOST, Unit, UnitKind
+
+# Rates where none was measured, per kind of device, for 16-bit weights: of a desktop processor with two channels of
+# DDR4, of a mid-range GPU (an RTX 3060: 360 GB/s, 51 TFLOPS), of an Apple M1 Pro (200 GB/s, 5 TFLOPS).
+# Sources: https://www.techpowerup.com/gpu-specs/geforce-rtx-3060-12-gb.c3682,
+# https://www.notebookcheck.net/Apple-M1-Pro-16-Core-GPU-GPU-Benchmarks-and-Specs.576656.0.html
+TYPICAL_COMPUTE = {
+    "cpu": ComputeRate(weight_bytes_per_s=20e9, flops_per_s=2e11),
+    "cuda": ComputeRate(weight_bytes_per_s=300e9, flops_per_s=25e12),
+    "xpu": ComputeRate(weight_bytes_per_s=300e9, flops_per_s=25e12),
+    "mps": ComputeRate(weight_bytes_per_s=150e9, flops_per_s=4e12),
+}
+# Source: PCIe 3.0 x16 carries 15.75 GB/s raw, of which page-locked copies reach about 12.
+TYPICAL_LINK_BYTES_PER_S = 12e9
+# A SATA or cloud disk between a turning one (0.2 GB/s) and an NVMe one (3-7 GB/s).
+TYPICAL_DISK_BYTES_PER_S = 1e9
+# Measured on the virtual machines that Loadstone is developed on, see DECISIONS.md.
+TYPICAL_TOUCH_BYTES_PER_S = 2e9
+TYPICAL_COPY_BYTES_PER_S = 8e9
+# What asking for one piece costs before its first byte comes: a read of its own, a launch.
+PIECE_S = {"disk": 1e-4, "link": 2e-5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """The rates of a machine for one dtype, every one a number.
+
+    Attributes:
+        disk: reading the checkpoint, bytes per second.
+        touch: memory that is touched for the first time.
+        copy: casting or copying on the host.
+        compute: by device id.
+        link: host to device, by device id.
+        measured: whether what matters for predictions was measured.
+    """
+
+    disk: float
+    touch: float
+    copy: float
+    compute: Mapping[str, ComputeRate]
+    link: Mapping[str, float]
+    measured: bool
+
+    def way(self, home: str, compute: str) -> tuple[float, str]:
+        """The rate at which bytes reach their compute device, and what bounds it: `disk` or `link`."""
+        link = self.link[compute] if compute != HOST else float("inf")
+        return (self.disk, "disk") if home != HOST and self.disk < link else (link, "link")
+
+
+def speeds_of(machine: Machine, dtype: str) -> Speeds:
+    """The machine's rates for a dtype.
+
+    Args:
+        machine: with what was measured.
+        dtype: that weights are computed in.
+    """
+    rates = machine.rates
+    compute = {device.id: _compute_rate(device, dtype) for device in machine.devices}
+    links = {device.id: device.link_bytes_per_s for device in machine.devices if device.kind != "cpu"}
+    known = [rates.disk_bytes_per_s, rates.touch_bytes_per_s, *links.values()]
+    measured = all(rate is not None for rate in known) and all(dtype in device.compute for device in machine.devices)
+    return Speeds(
+        disk=rates.disk_bytes_per_s or TYPICAL_DISK_BYTES_PER_S,
+        touch=rates.touch_bytes_per_s or TYPICAL_TOUCH_BYTES_PER_S,
+        copy=rates.copy_bytes_per_s or TYPICAL_COPY_BYTES_PER_S,
+        compute=compute,
+        link={name: rate or TYPICAL_LINK_BYTES_PER_S for name, rate in links.items()},
+        measured=measured,
+    )
+
+
+def _compute_rate(device: Device, dtype: str) -> ComputeRate:
+    rate = device.compute.get(dtype)
+    if rate is not None:
+        return rate
+    typical = TYPICAL_COMPUTE.get(device.kind, TYPICAL_COMPUTE["cpu"])
+    wider = max(1.0, DTYPES[dtype].bits / 16)
+    return ComputeRate(weight_bytes_per_s=typical.weight_bytes_per_s, flops_per_s=typical.flops_per_s / wider)
+
+
+def touched_share(kind: UnitKind, use_share: float, tokens: int) -> float:
+    """The part of a unit that a pass of so many tokens touches, as is to be expected of independent choices."""
+    if kind is UnitKind.EMBEDDING:
+        return min(1.0, use_share * tokens)
+    return 1.0 - (1.0 - use_share) ** tokens if use_share < 1 else 1.0
+
+
+def moved_bytes(unit: Unit, tokens: int) -> int:
+    """What travels of a streamed unit in a pass of so many tokens: whole units, chosen experts, rows that are used."""
+    return -int(-unit.stored_bytes * touched_share(unit.kind, unit.use_share, tokens) // 1)
+
+
+def rows_bytes(unit: Unit, tokens: int) -> int:
+    """What must be held of a streamed table: the rows that a pass of so many tokens looks up."""
+    return int(unit.memory_bytes * touched_share(unit.kind, unit.use_share, tokens)) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Computing with one unit.
+
+    Attributes:
+        memory_s: reading its weights.
+        arithmetic_s: multiplying with them.
+    """
+
+    memory_s: float
+    arithmetic_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The slower of both."""
+        return max(self.memory_s, self.arithmetic_s)
+
+
+def work(unit: Unit, rate: ComputeRate, tokens: int) -> Work:
+    """Computing with a unit where its weights are at hand."""
+    touched = touched_share(unit.kind, unit.use_share, tokens)
+    flops = 0.0 if unit.kind is UnitKind.EMBEDDING else 2.0 * unit.num_parameters * unit.use_share * tokens
+    return Work(memory_s=unit.memory_bytes * touched / rate.weight_bytes_per_s, arithmetic_s=flops / rate.flops_per_s)
+
+
+def transfer_s(unit: Unit, tokens: int, way: tuple[float, str]) -> float:
+    """Bringing a streamed unit to its compute device in a pass of so many tokens."""
+    touched = touched_share(unit.kind, unit.use_share, tokens)
+    return moved_bytes(unit, tokens) / way[0] + PIECE_S[way[1]] * touched
+
+
+def overlapped_s(compute_s: float, moving_s: float, num_slots: int) -> float:
+    """A pass in steady state: with two slots or more one goes on beneath the other, with one they take turns."""
+    return max(compute_s, moving_s) if num_slots >= 2 else compute_s + moving_s
+
+
+def simulate(steps: Sequence[tuple[float, float]], num_slots: int, num_passes: int = 3) -> float:
+    """The last of several passes through a walk, step by step, for any order of resident and streamed units.
+
+    Args:
+        steps: (seconds of computing, seconds of transfer) in execution order; transfer 0 where it is resident.
+        num_slots: of the ring; a slot is free again when its unit has computed.
+        num_passes: how often the walk is repeated.
+
+    Returns:
+        Seconds from the end of the pass before the last to the end of the last.
+    """
+    now = reader = before = 0.0
+    freed = [0.0] * max(1, num_slots)
+    turn = 0
+    for _ in range(num_passes):
+        before = now
+        for compute, moving in steps:
+            if moving > 0:
+                slot = turn % len(freed)
+                reader = max(reader, freed[slot]) + moving
+                now = max(now, reader) + compute
+                freed[slot] = now
+                turn += 1
+            else:
+                now += compute
+    return now - before

@@ -1,0 +1,361 @@
+"""The whole machine: which devices compute which part of the walk, and what each of them must keep free.
+
+Three ways are compared: everything on the host; the accelerators one after another, with what they cannot keep brought
+to them from host memory or the disk; and the same with what they cannot keep computed where it lies, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from loadstone.hardware.spec import Device
+from loadstone.plan.budget import SHARED_MEMORY
+from loadstone.plan.cost import Speeds
+from loadstone.plan.place import Assignment, Missing, Placed, Segment, place, run_s
+from loadstone.plan.reserve import PINNED_RING_BYTES, host_workspace_bytes
+from loadstone.plan.units import Inventory
+from loadstone.plan.values import HOST, Unit, UnitKind
+
+_BISECTIONS = 12
+# Trying other borders between devices ends after so many units were placed anew: about a tenth of a second.
+_MOST_TRIED_UNITS = 700
+# Units of which a token needs only a part.
+_SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Everything that a placement depends on.
+
+    Attributes:
+        inventory: the units.
+        devices: that may compute, the host last.
+        budgets: of every device, in bytes.
+        level_bytes: of the host's budget, what the process takes after its imports.
+        cache_bytes: by place in execution, what the layer there keeps between passes.
+        pass_bytes: activations and logits of the largest pass, on each device that computes.
+        device_workspace_bytes: of an accelerator.
+        rearranged_bytes: what the largest tensor takes beside its place on the host while it is loaded.
+        tokens: of a decoding pass, and of the pass over the prompt.
+        num_passes: decoding passes for each pass over a prompt.
+        speeds: of the machine.
+        offload: whether anything may be streamed.
+        host_computes: whether the host may compute beside accelerators.
+    """
+
+    inventory: Inventory
+    devices: tuple[Device, ...]
+    budgets: Mapping[str, int]
+    level_bytes: int
+    cache_bytes: Mapping[int, int]
+    pass_bytes: int
+    device_workspace_bytes: int
+    rearranged_bytes: int
+    tokens: tuple[int, int]
+    num_passes: int
+    speeds: Speeds
+    offload: bool = True
+    host_computes: bool = True
+
+    def host_workspace(self, computing: Sequence[Unit], num_accelerators: int) -> int:
+        """What loading needs on the host beside weights, cache and activations."""
+        other = self.cache_of(computing) + self.pass_bytes if computing else 0
+        pinned = PINNED_RING_BYTES * num_accelerators
+        return host_workspace_bytes(len(self.inventory.tensors), self.rearranged_bytes, other) + pinned
+
+    def cache_of(self, units: Iterable[Unit]) -> int:
+        """What the layers of these units keep between passes."""
+        orders = {unit.order for unit in units if unit.kind is not UnitKind.EXPERT}
+        return sum(self.cache_bytes.get(order, 0) for order in orders)
+
+    def host_room(self, computing: Sequence[Unit], num_accelerators: int) -> int:
+        """The host's bytes for weights and slots; below zero where even the rest does not fit."""
+        room = self.budgets[HOST] - self.level_bytes - self.host_workspace(computing, num_accelerators)
+        return room - (self.cache_of(computing) + self.pass_bytes if computing else 0)
+
+    def device_room(self, device: str) -> int:
+        """An accelerator's bytes for weights, slots and cache."""
+        return self.budgets[device] - self.pass_bytes - self.device_workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where everything lies.
+
+    Attributes:
+        assignments: every unit once, or its parts, in execution order.
+        num_slots: of the rings.
+        ring_bytes: by compute device.
+        pass_s: a decoding pass, then the pass over the prompt.
+    """
+
+    assignments: tuple[Assignment, ...]
+    num_slots: int
+    ring_bytes: Mapping[str, int]
+    pass_s: tuple[float, float]
+
+
+def best_layout(problem: Problem) -> Layout | Missing:
+    """The fastest of all ways that fit.
+
+    Args:
+        problem: units, budgets, rates.
+
+    Returns:
+        Where everything lies, or the least that is missing.
+    """
+    found: list[Layout] = []
+    missing: list[int] = []
+    for layout in _ways(problem):
+        if isinstance(layout, Missing):
+            missing.append(layout.nbytes)
+        else:
+            found.append(layout)
+    if not found:
+        return Missing(nbytes=min(missing))
+    return min(found, key=lambda layout: _run_s(problem, layout))  # the first of equals
+
+
+def _ways(problem: Problem) -> Iterator[Layout | Missing]:
+    units = problem.inventory.units
+    accelerators = [device for device in problem.devices if device.kind != "cpu"]
+    usable = [device for device in accelerators if problem.device_room(device.id) > 0]
+    for count in range(1, len(usable) + 1):
+        segments = _balanced(problem, usable[:count])
+        if segments is not None:
+            whole = _on_accelerators(problem, segments, whole=True)
+            yield whole
+            if isinstance(whole, Layout):
+                return  # all of it is resident; more devices would only pass activations on
+            break
+    if problem.offload and usable:
+        yield _streamed_to(problem, usable)
+    discrete = [device for device in usable if device.kind not in SHARED_MEMORY]
+    for count in range(len(discrete), 0, -1) if problem.host_computes else ():
+        # Each accelerator takes a little of the host, too, so fewer of them can be better.
+        beside = _beside_the_host(problem, discrete[:count])
+        yield beside
+        if isinstance(beside, Layout) and count * len(units) > _MOST_TRIED_UNITS:
+            break
+    if accelerators and not (problem.offload and usable):
+        yield Missing(nbytes=_shortfall(problem, accelerators))
+    if problem.host_computes or not accelerators:
+        yield _on_the_host(problem, units)
+
+
+def _shortfall(problem: Problem, devices: Sequence[Device]) -> int:
+    needed = sum(unit.memory_bytes for unit in problem.inventory.units) + problem.cache_of(problem.inventory.units)
+    return max(1, needed - sum(problem.device_room(device.id) for device in devices))
+
+
+def _segment(problem: Problem, device: str, units: Sequence[Unit], host_room: int) -> Segment:
+    cache = problem.cache_of(units)
+    return Segment(
+        device=device,
+        units=tuple(units),
+        parts=problem.inventory.parts,
+        room_bytes=host_room if device == HOST else problem.device_room(device) - cache,
+        host_room_bytes=max(0, host_room),
+        tokens=problem.tokens,
+        num_passes=problem.num_passes,
+        cache_bytes=cache,
+        speeds=problem.speeds,
+        offload=problem.offload,
+    )
+
+
+def _on_the_host(problem: Problem, units: Sequence[Unit], num_accelerators: int = 0) -> Layout | Missing:
+    placed = place(_segment(problem, HOST, units, problem.host_room(units, num_accelerators)))
+    return placed if isinstance(placed, Missing) else _joined({HOST: placed})
+
+
+def _on_accelerators(
+    problem: Problem, segments: Sequence[tuple[Device, Sequence[Unit]]], *, whole: bool
+) -> Layout | Missing:
+    """Every segment on its device; host memory goes to the first that need it."""
+    host_room = problem.host_room((), len(segments))
+    if host_room < 0:
+        return Missing(nbytes=-host_room)
+    placed: dict[str, Placed] = {}
+    for device, units in segments:
+        # A device that shares the host's memory gains nothing from units that live there.
+        room = 0 if device.kind in SHARED_MEMORY or whole else host_room
+        one = place(_segment(problem, device.id, units, room))
+        if isinstance(one, Missing):
+            return one
+        placed[device.id] = one
+        host_room -= one.host_bytes
+    return _joined(placed)
+
+
+def _streamed_to(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
+    """The accelerators with what they cannot keep brought to them; without the smallest where it cannot hold a ring."""
+    left = list(devices)
+    steps = _steps(problem)
+    missing: list[int] = []
+    while left:
+        cuts = _in_proportion(steps, [problem.device_room(device.id) for device in left])
+        layout = _on_accelerators(problem, _cut(steps, left, cuts), whole=False)
+        if isinstance(layout, Layout):
+            return _better_cuts(problem, left, cuts, layout)
+        missing.append(layout.nbytes)
+        left.remove(min(left, key=lambda device: problem.device_room(device.id)))
+    return Missing(nbytes=min(missing))
+
+
+def _better_cuts(problem: Problem, devices: Sequence[Device], cuts: list[int], best: Layout) -> Layout:
+    """Move the borders between devices by a block at a time, as long as that helps and is not too much work."""
+    steps = _steps(problem)
+    tries = _MOST_TRIED_UNITS // max(1, len(problem.inventory.units))
+    improved = len(devices) > 1
+    while improved and tries > 0:
+        improved = False
+        for index, by in ((index, by) for index in range(len(cuts)) for by in (-1, 1)):
+            moved = [cut + by if at == index else cut for at, cut in enumerate(cuts)]
+            if tries <= 0 or not all(before <= after for before, after in pairwise([0, *moved, len(steps)])):
+                continue
+            tries -= 1
+            layout = _on_accelerators(problem, _cut(steps, devices, moved), whole=False)
+            if isinstance(layout, Layout) and _run_s(problem, layout) < _run_s(problem, best):
+                best, cuts, improved = layout, moved, True
+    return best
+
+
+def _run_s(problem: Problem, layout: Layout) -> float:
+    return run_s(layout.pass_s, problem.num_passes)
+
+
+def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
+    """The accelerators keep what they can, experts last; the host computes the others where they lie."""
+    units = problem.inventory.units
+    wanted = [unit for unit in units if unit.kind not in _SELDOM] + [unit for unit in units if unit.kind in _SELDOM]
+    kept: dict[str, list[Unit]] = {}
+    queue = list(devices)
+    left = problem.device_room(queue[0].id)
+    rest: list[Unit] = []
+    for unit in wanted:
+        size = unit.memory_bytes + problem.cache_of([unit])
+        while queue and size > left:
+            queue.pop(0)
+            left = problem.device_room(queue[0].id) if queue else 0
+        if queue:
+            kept.setdefault(queue[0].id, []).append(unit)
+            left -= size
+        else:
+            rest.append(unit)
+    host = _on_the_host(problem, rest, len(kept)) if rest else None
+    if isinstance(host, Missing):
+        return host
+    if not rest and problem.host_room((), len(kept)) < 0:
+        return Missing(nbytes=-problem.host_room((), len(kept)))
+    placed = {}
+    for device, members in kept.items():
+        one = place(_segment(problem, device, members, 0))
+        if isinstance(one, Missing):
+            return one
+        placed[device] = one
+    return _joined(placed, host)
+
+
+def _joined(placed: Mapping[str, Placed], host: Layout | None = None) -> Layout:
+    parts = [one.assignments for one in placed.values()] + ([host.assignments] if host else [])
+    together = [assignment for part in parts for assignment in part]
+    slots = [one.num_slots for one in placed.values() if one.num_slots] + ([host.num_slots] if host else [])
+    seconds = [one.pass_s for one in placed.values()] + ([host.pass_s] if host else [])
+    return Layout(
+        assignments=tuple(sorted(together, key=lambda one: one.unit.order)),
+        num_slots=min((count for count in slots if count), default=0),
+        ring_bytes={name: one.ring_bytes for name, one in placed.items()} | (dict(host.ring_bytes) if host else {}),
+        pass_s=(sum(one[0] for one in seconds), sum(one[1] for one in seconds)),
+    )
+
+
+def _balanced(problem: Problem, devices: Sequence[Device]) -> list[tuple[Device, list[Unit]]] | None:
+    """Consecutive shares that are resident whole, each about as full as the others; None where they do not fit."""
+    rooms = [problem.device_room(device.id) for device in devices]
+    steps = _steps(problem)
+    best = _packed(steps, rooms)
+    if best is None:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS if len(devices) > 1 else 0):
+        middle = (low + high) / 2
+        packed = _packed(steps, [int(room * middle) for room in rooms])
+        low, high, best = (middle, high, best) if packed is None else (low, middle, packed)
+    return [(device, units) for device, units in zip(devices, best, strict=True) if units]
+
+
+def _steps(problem: Problem) -> list[tuple[int, list[Unit]]]:
+    """The walk in steps that stay together, a block with its experts, each with its bytes."""
+    steps: dict[int, list[Unit]] = {}
+    for unit in problem.inventory.units:
+        steps.setdefault(unit.order, []).append(unit)
+    return [(sum(unit.memory_bytes for unit in units) + problem.cache_of(units), units) for units in steps.values()]
+
+
+def _packed(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> list[list[Unit]] | None:
+    """Fill one device after another; None where the last is full too early."""
+    shares: list[list[Unit]] = [[] for _ in rooms]
+    index, left = 0, rooms[0]
+    for size, units in steps:
+        while size > left:
+            index += 1
+            if index == len(rooms):
+                return None
+            left = rooms[index]
+        shares[index].extend(units)
+        left -= size
+    return shares
+
+
+def _in_proportion(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> list[int]:
+    """Where to cut the walk for shares in proportion to the devices' room, where not all of it can be resident."""
+    total, room = sum(size for size, _ in steps) or 1, sum(rooms)
+    cuts: list[int] = []
+    done, reach = 0.0, rooms[0] / room
+    for index, (size, _) in enumerate(steps):
+        while len(cuts) < len(rooms) - 1 and (done + size / 2) / total > reach:
+            cuts.append(index)
+            reach += rooms[len(cuts)] / room
+        done += size
+    return cuts + [len(steps)] * (len(rooms) - 1 - len(cuts))
+
+
+def _cut(
+    steps: Sequence[tuple[int, list[Unit]]], devices: Sequence[Device], cuts: Sequence[int]
+) -> list[tuple[Device, list[Unit]]]:
+    """The shares of the devices; those that get nothing are left out."""
+    bounds = [0, *cuts, len(steps)]
+    shares = [
+        (device, [unit for _, units in steps[begin:end] for unit in units])
+        for device, (begin, end) in zip(devices, pairwise(bounds), strict=True)
+    ]
+    return [(device, units) for device, units in shares if units]
+
+
+def cache_by_order(units: Iterable[Unit], by_layer: Sequence[int]) -> dict[int, int]:
+    """Give each layer's cache to the block that fills it.
+
+    Args:
+        units: of the model.
+        by_layer: bytes that each layer of the language model keeps.
+
+    Returns:
+        Bytes by place in execution: of the stack that has as many blocks as there are layers, else of the last one.
+        Where no stack is numbered, all of it is at the last place.
+    """
+    stacks: dict[str, list[int]] = {}
+    last = 0
+    for unit in units:
+        last = unit.order
+        stack, _, number = unit.name.rpartition(".")
+        if unit.kind is UnitKind.BLOCK and number.isdecimal():
+            stacks.setdefault(stack, []).append(unit.order)
+    orders = next((found for found in reversed(stacks.values()) if len(found) == len(by_layer)), None)
+    orders = orders or (list(stacks.values())[-1] if stacks else [last])
+    found = dict.fromkeys(orders, 0)
+    for index, nbytes in enumerate(by_layer):
+        found[orders[min(index, len(orders) - 1)]] += nbytes
+    return found

@@ -1,0 +1,337 @@
+"""One device and the units that compute on it: which stay, which are streamed through a ring, and from where.
+
+The walk over units is cyclic, so a fixed resident set is best, and which of several like units it holds does not matter
+for the bytes that travel, only for when they do. So like units are counted as one group; a choice says how many of each
+group stay; those that do not are then spread evenly over the walk.
+
+Every choice fills the memory in one fixed order and stops at the first unit that does not fit. More memory therefore
+holds all that less memory held, and the plan is never slower for having more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.values import DISK, HOST, Unit, UnitKind
+
+# How many sizes of a slot are tried: each makes all larger units resident.
+_MAX_SLOT_SIZES = 12
+_SLOT_COUNTS = (2, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Units that compute on one device, and what there is to place them in.
+
+    Attributes:
+        device: its id.
+        units: in execution order.
+        parts: divides a unit by modules.
+        room_bytes: of the device, for resident units and the ring.
+        host_room_bytes: of the host, for streamed units to live in; 0 where they live on the disk.
+        tokens: of a decoding pass, and of the pass over the prompt.
+        num_passes: decoding passes for each pass over a prompt.
+        cache_bytes: that a decoding pass reads on the device.
+        speeds: of the machine.
+        offload: whether anything may be streamed.
+    """
+
+    device: str
+    units: tuple[Unit, ...]
+    parts: Callable[[Unit], tuple[Unit, ...]]
+    room_bytes: int
+    host_room_bytes: int
+    tokens: tuple[int, int]
+    num_passes: int
+    cache_bytes: int
+    speeds: Speeds
+    offload: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """A unit, the place that keeps it, and the device that computes with it."""
+
+    unit: Unit
+    home: str
+    compute: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """How the units of a segment are placed.
+
+    Attributes:
+        assignments: in execution order.
+        num_slots: of the ring; 0 where nothing goes through it.
+        ring_bytes: all its slots, and the rows of streamed tables.
+        host_bytes: of streamed units that live in host memory.
+        pass_s: a decoding pass, then the pass over the prompt.
+    """
+
+    assignments: tuple[Assignment, ...]
+    num_slots: int
+    ring_bytes: int
+    host_bytes: int
+    pass_s: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """No choice fits.
+
+    Attributes:
+        nbytes: the least that is missing on the device.
+    """
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Units that are alike in everything that a choice depends on.
+
+    Attributes:
+        units: in execution order.
+        size: of one in the device's memory.
+        rows_bytes: of a table: the rows of one pass, which is all that must be held of it; None for other units.
+        gain: seconds that a resident byte saves in a decoding pass, then in the pass over the prompt.
+    """
+
+    units: tuple[Unit, ...]
+    size: int
+    rows_bytes: int | None
+    gain: tuple[float, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Choice:
+    """How many of each group stay.
+
+    Attributes:
+        groups: in the order in which memory is filled.
+        kept: how many of each.
+        num_slots: of the ring.
+        slot_bytes: of one slot.
+        left_bytes: room that is left.
+        split: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
+    """
+
+    groups: Sequence[_Group]
+    kept: list[int]
+    num_slots: int
+    slot_bytes: int
+    left_bytes: int
+    split: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
+    pass_s: tuple[float, float] = field(default=(0.0, 0.0))
+
+
+def likeness(unit: Unit) -> tuple[object, ...]:
+    """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
+    return (unit.kind, unit.memory_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
+
+
+def place(segment: Segment) -> Placed | Missing:
+    """Choose what stays on the device.
+
+    Args:
+        segment: the units and the room.
+
+    Returns:
+        The placement whose run is the shortest, or what is missing for any.
+    """
+    whole = _grouped(segment, segment.units)
+    missing, best = _best(segment, whole, None)
+    if segment.offload and (best is None or any(map(_is_slotted, _streamed_groups(best)))):
+        finer = tuple(part for unit in segment.units for part in segment.parts(unit))
+        if len(finer) > len(segment.units):
+            fewer, best = _best(segment, _grouped(segment, finer), best)
+            missing = min(missing, fewer)
+    return Missing(nbytes=missing) if best is None else _placed(segment, best)
+
+
+def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple[int, _Choice | None]:
+    """The best of all choices, and the least that those which do not fit are short of."""
+    missing = -1
+    for slot_bytes, num_slots in _rings(segment, groups):
+        choice = _filled(segment, groups, slot_bytes, num_slots)
+        if isinstance(choice, int):
+            missing = choice if missing < 0 else min(missing, choice)
+            continue
+        choice.pass_s = _pass_s(segment, choice)
+        if best is None or _run_s(segment, choice) < _run_s(segment, best):
+            best = choice
+    return (missing if missing >= 0 else 0), best
+
+
+def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
+    """Slot sizes and counts to try. No slot at all means that everything which needs one stays."""
+    yield 0, 0
+    if segment.offload:
+        sizes = sorted({group.size for group in groups if _is_slotted(group)}, reverse=True)
+        # The largest ones differ most; the smallest is what fits when nothing else does.
+        for size in sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]:
+            for num_slots in _SLOT_COUNTS:
+                yield size, num_slots
+
+
+def _is_slotted(group: _Group) -> bool:
+    return group.rows_bytes is None
+
+
+def _streamed_groups(choice: _Choice) -> list[_Group]:
+    return [group for group, kept in zip(choice.groups, choice.kept, strict=True) if kept < len(group.units)]
+
+
+def _grouped(segment: Segment, units: Sequence[Unit]) -> list[_Group]:
+    """Like units together, in the order in which memory is filled: what saves most per byte, then the smallest."""
+    alike: dict[tuple[object, ...], list[Unit]] = {}
+    for unit in units:
+        alike.setdefault(likeness(unit), []).append(unit)
+    groups = [_group(segment, tuple(members)) for members in alike.values()]
+    return sorted(groups, key=lambda group: (tuple(-gain for gain in group.gain), group.size))
+
+
+def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
+    unit = units[0]
+    way = segment.speeds.way(DISK, segment.device)
+    size = max(1, unit.memory_bytes)
+    decode, prompt = (moved_bytes(unit, tokens) / way[0] / size for tokens in segment.tokens)
+    is_table = unit.kind is UnitKind.EMBEDDING and segment.offload
+    rows = rows_bytes(unit, max(segment.tokens)) if is_table else None
+    # Rounded, so that units which differ by rounding only are taken by size.
+    return _Group(units=units, size=unit.memory_bytes, rows_bytes=rows, gain=(_rounded(decode), _rounded(prompt)))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
+    """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
+    required = [_is_slotted(group) and group.size > slot_bytes for group in groups]
+    left = segment.room_bytes - num_slots * slot_bytes
+    left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
+    left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
+    if left < 0:
+        return -left
+    kept = [len(group.units) if must else 0 for group, must in zip(groups, required, strict=True)]
+    choice = _Choice(groups=groups, kept=kept, num_slots=num_slots, slot_bytes=slot_bytes, left_bytes=left)
+    for index, group in enumerate(groups):
+        if required[index]:
+            continue
+        price = group.size - (group.rows_bytes or 0)
+        fitting = len(group.units) if price <= 0 else min(len(group.units), choice.left_bytes // price)
+        kept[index] = fitting
+        choice.left_bytes -= fitting * price
+        if fitting < len(group.units):
+            _split_one(segment, choice, index)
+            break
+    return choice
+
+
+def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
+    """Keep parts of one of the units that do not fit whole."""
+    group = choice.groups[index]
+    streamed = _spread(len(group.units), choice.kept[index])
+    unit = group.units[streamed[len(streamed) // 2]]
+    parts = sorted(segment.parts(unit), key=lambda part: (part.memory_bytes, part.name))
+    stay: list[Unit] = []
+    for part in parts:
+        if len(parts) < 2 or part.memory_bytes > choice.left_bytes:
+            break
+        choice.left_bytes -= part.memory_bytes
+        stay.append(part)
+    if stay:
+        choice.split = (group, unit, tuple(stay), tuple(parts[len(stay) :]))
+
+
+def _spread(count: int, kept: int) -> list[int]:
+    """The places of those that are streamed, as far from each other as can be: in the middle of equal shares."""
+    streamed = count - kept
+    return [(2 * index + 1) * count // (2 * streamed) for index in range(streamed)]
+
+
+def _streamed(choice: _Choice) -> Iterator[tuple[Unit, int]]:
+    """Streamed units in the order in which host memory is filled, each with how many there are alike."""
+    for group, kept in zip(choice.groups, choice.kept, strict=True):
+        count = len(group.units) - kept
+        if choice.split is not None and choice.split[0] is group:
+            for part in choice.split[3]:
+                yield part, 1
+            count -= 1
+        if count:
+            yield group.units[0], count
+
+
+def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]:
+    """The same, with how many of them live in host memory."""
+    room = segment.host_room_bytes if segment.device != HOST else 0
+    for unit, count in _streamed(choice):
+        fitting = min(count, room // max(1, unit.stored_bytes))
+        room = room - fitting * unit.stored_bytes if fitting == count else 0
+        yield unit, count, fitting
+
+
+def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
+    rate = segment.speeds.compute[segment.device]
+    homes = list(_homes(segment, choice))
+    seconds = []
+    for index, tokens in enumerate(segment.tokens):
+        compute = segment.cache_bytes / rate.weight_bytes_per_s if index == 0 else 0.0
+        compute += sum(len(group.units) * work(group.units[0], rate, tokens).seconds for group in choice.groups)
+        moving = sum(
+            near * transfer_s(unit, tokens, segment.speeds.way(HOST, segment.device))
+            + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))
+            for unit, count, near in homes
+        )
+        slots = choice.num_slots or max(_SLOT_COUNTS)
+        seconds.append(overlapped_s(compute, moving, slots))
+    return (seconds[0], seconds[1])
+
+
+def _run_s(segment: Segment, choice: _Choice) -> float:
+    return run_s(choice.pass_s, segment.num_passes)
+
+
+def run_s(pass_s: tuple[float, float], num_passes: int) -> float:
+    """A whole run: the pass over the prompt, and the decoding passes after it."""
+    return num_passes * pass_s[0] + pass_s[1]
+
+
+def _placed(segment: Segment, choice: _Choice) -> Placed:
+    near = {id(unit): fitting for unit, _, fitting in _homes(segment, choice)}
+    found: list[Assignment] = []
+    rows = 0
+    for group, kept in zip(choice.groups, choice.kept, strict=True):
+        split = choice.split if choice.split is not None and choice.split[0] is group else None
+        away = [group.units[index] for index in _spread(len(group.units), kept)]
+        rows += (group.rows_bytes or 0) * len(away)
+        if split is not None:
+            away.remove(split[1])
+            found += [Assignment(unit=part, home=segment.device, compute=segment.device) for part in split[2]]
+            found += [
+                Assignment(unit=part, home=HOST if near[id(part)] else DISK, compute=segment.device)
+                for part in split[3]
+            ]
+        on_disk = set(_spread(len(away), near.get(id(group.units[0]), 0)))
+        homes = {unit.name: DISK if index in on_disk else HOST for index, unit in enumerate(away)}
+        if split is not None:
+            homes[split[1].name] = ""
+        found += [
+            Assignment(unit=unit, home=homes.get(unit.name, segment.device), compute=segment.device)
+            for unit in group.units
+            if homes.get(unit.name) != ""
+        ]
+    slotted = [
+        one.unit.memory_bytes for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING
+    ]
+    return Placed(
+        assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
+        num_slots=choice.num_slots if slotted else 0,
+        ring_bytes=choice.num_slots * max(slotted, default=0) + rows,
+        host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
+        pass_s=choice.pass_s,
+    )

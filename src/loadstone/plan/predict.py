@@ -1,0 +1,172 @@
+"""Layout -> what each device holds, and how long loading and each pass take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loadstone.plan.cost import moved_bytes, overlapped_s, transfer_s, work
+from loadstone.plan.layout import Layout, Problem
+from loadstone.plan.place import Assignment, likeness
+from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit, UnitKind
+
+
+def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
+    """Every unit of a layout as the plan tells it."""
+    inventory = problem.inventory
+    return tuple(
+        Placement(
+            unit=one.unit.name,
+            kind=one.unit.kind,
+            order=one.unit.order,
+            home=one.home,
+            compute=one.compute,
+            storage_dtype=inventory.dtype if one.home == one.compute else inventory.storage(one.unit),
+            compute_dtype=inventory.dtype,
+            home_bytes=one.unit.memory_bytes if one.home == one.compute else one.unit.stored_bytes,
+            moved_bytes=0 if one.home == one.compute else moved_bytes(one.unit, problem.tokens[0]),
+            mapped=one.home == HOST and _is_mapped(one.unit),
+        )
+        for one in layout.assignments
+    )
+
+
+def _is_mapped(unit: Unit) -> bool:
+    return 0 < unit.mappable_bytes == unit.memory_bytes
+
+
+def device_plans(problem: Problem, layout: Layout, logits_bytes: int) -> tuple[DevicePlan, ...]:
+    """What each device holds, the host last.
+
+    Args:
+        problem: budgets and what must be kept free.
+        layout: where everything lies.
+        logits_bytes: the part of `problem.pass_bytes` that is scores.
+    """
+    plans = []
+    num_accelerators = len({one.compute for one in layout.assignments} - {HOST})
+    for device in problem.devices:
+        computing = [one.unit for one in layout.assignments if one.compute == device.id]
+        if device.id != HOST and not computing:
+            continue
+        weights, mapped = _held(device.id, layout.assignments)
+        workspace = (
+            problem.host_workspace(computing, num_accelerators) if device.id == HOST else problem.device_workspace_bytes
+        )
+        plans.append(
+            DevicePlan(
+                device=device.id,
+                name=device.name,
+                budget_bytes=problem.budgets[device.id],
+                weight_bytes=weights,
+                mapped_bytes=mapped,
+                reservation=Reservation(
+                    kv_cache_bytes=problem.cache_of(computing),
+                    activation_bytes=problem.pass_bytes - logits_bytes if computing else 0,
+                    logits_bytes=logits_bytes if computing else 0,
+                    slot_bytes=layout.ring_bytes.get(device.id, 0),
+                    workspace_bytes=workspace,
+                ),
+                level_bytes=problem.level_bytes if device.id == HOST else 0,
+            )
+        )
+    return tuple(plans)
+
+
+def _held(device: str, assignments: Iterable[Assignment]) -> tuple[int, int]:
+    """Bytes of weights on a device: memory of its own, and files used where they lie."""
+    weights = mapped = 0
+    for one in assignments:
+        if one.home != device:
+            continue
+        if device != HOST:
+            weights += one.unit.memory_bytes
+        elif one.compute == HOST:
+            mapped += one.unit.mappable_bytes
+            weights += one.unit.memory_bytes - one.unit.mappable_bytes
+        elif _is_mapped(one.unit):
+            mapped += one.unit.stored_bytes
+        else:
+            weights += one.unit.stored_bytes
+    return weights, mapped
+
+
+def prediction(problem: Problem, layout: Layout) -> Prediction:
+    """How long everything takes."""
+    load_s, load_bound_by = _load(problem, layout)
+    decode_tokens, prompt_tokens = problem.tokens
+    return Prediction(
+        load_s=load_s,
+        load_bound_by=load_bound_by,
+        prefill=_pass(problem, layout, prompt_tokens, first=True),
+        decode=_pass(problem, layout, decode_tokens, first=False),
+        measured=problem.speeds.measured,
+    )
+
+
+def _load(problem: Problem, layout: Layout) -> tuple[float, str]:
+    """What is kept in memory comes from the disk once, while memory is touched and links carry on."""
+    speeds = problem.speeds
+    seconds = {"disk": 0.0, "memory": 0.0, "link": 0.0}
+    links: dict[str, float] = {}
+    for one in layout.assignments:
+        unit = one.unit
+        if one.home not in speeds.compute:
+            continue
+        seconds["disk"] += unit.stored_bytes / speeds.disk
+        if one.home != HOST:
+            links[one.home] = links.get(one.home, 0.0) + unit.stored_bytes / speeds.link[one.home]
+        elif one.compute == HOST:
+            seconds["memory"] += (unit.memory_bytes - unit.mappable_bytes) / speeds.touch
+        elif not _is_mapped(unit):
+            seconds["memory"] += unit.stored_bytes / speeds.touch
+    seconds["link"] = max(links.values(), default=0.0)
+    bound = max(seconds, key=lambda name: seconds[name])
+    return seconds[bound], bound
+
+
+def _pass(problem: Problem, layout: Layout, tokens: int, *, first: bool) -> Pass:
+    """One pass over all devices, one after another; on each, computing goes on over what is brought in."""
+    speeds = problem.speeds
+    total = {"compute": 0.0, "memory": 0.0, "disk": 0.0, "link": 0.0}
+    seconds = compute_s = moving_s = fill_s = 0.0
+    for device, alike in _tally(layout).items():
+        rate = speeds.compute[device]
+        orders = (one.unit for one in layout.assignments if one.compute == device)
+        cache = 0.0 if first else problem.cache_of(orders) / rate.weight_bytes_per_s
+        computing, moving = cache, 0.0
+        total["memory"] += cache
+        for one, count in alike:
+            done = work(one.unit, rate, tokens)
+            computing += count * done.seconds
+            total["memory" if done.memory_s >= done.arithmetic_s else "compute"] += count * done.seconds
+            if one.home != one.compute:
+                way = speeds.way(one.home, device)
+                brought = transfer_s(one.unit, tokens, way)
+                if first and not moving and one.unit.kind is not UnitKind.EMBEDDING:
+                    fill_s += brought  # nothing can be computed with the first before it is there
+                moving += count * brought
+                total[way[1]] += count * brought
+        seconds += overlapped_s(computing, moving, layout.num_slots or 2)
+        compute_s, moving_s = compute_s + computing, moving_s + moving
+    names = ("disk", "link") if moving_s > compute_s else ("compute", "memory")
+    return Pass(
+        tokens=tokens,
+        compute_s=compute_s,
+        transfer_s=moving_s,
+        seconds=seconds + (fill_s if first and layout.num_slots != 1 else 0.0),
+        bound_by=max(names, key=lambda name: total[name]),
+    )
+
+
+def _tally(layout: Layout) -> dict[str, list[tuple[Assignment, int]]]:
+    """By compute device: one of each kind of assignment, in execution order, and how many are like it."""
+    first: dict[tuple[str, str, tuple[object, ...]], Assignment] = {}
+    counts: dict[tuple[str, str, tuple[object, ...]], int] = {}
+    for one in layout.assignments:
+        key = (one.home, one.compute, likeness(one.unit))
+        first.setdefault(key, one)
+        counts[key] = counts.get(key, 0) + 1
+    found: dict[str, list[tuple[Assignment, int]]] = {}
+    for key, example in first.items():
+        found.setdefault(example.compute, []).append((example, counts[key]))
+    return found

@@ -1,0 +1,152 @@
+"""Memory that is not weights, term by term; each term is an upper bound of what transformers and torch allocate.
+
+The formulas follow the forward of Llama-like classes in transformers 5.23 with sdpa attention. Within one layer its
+parts run after each other, so the largest of them counts; the residual stream and the cache stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loadstone.plan.facts import Facts
+from loadstone.plan.load_peak import FIXED_BYTES, TENSOR_BYTES
+from loadstone.plan.values import Run
+
+# What cuBLAS and cuDNN keep on a device once they have computed.
+# Source: https://pytorch.org/docs/stable/notes/cuda.html#cublas-workspaces (32 MiB on Hopper, 8 MiB before, twice)
+DEVICE_WORKSPACE_BYTES = 96_000_000
+# The ring of page-locked buffers on the host through which weights reach one device.
+PINNED_RING_BYTES = 16_000_000
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressure:
+    """The pass that needs the most.
+
+    Attributes:
+        run: context, batch and prompt.
+        dtype_bits: of activations and cache, the model's main dtype.
+    """
+
+    run: Run
+    dtype_bits: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences, in the pass over the prompt."""
+        return self.run.batch * self.run.prompt_tokens
+
+    @property
+    def width_bytes(self) -> int:
+        """Of one element."""
+        return max(1, self.dtype_bits // 8)
+
+
+def cache_bytes(facts: Facts, pressure: Pressure) -> tuple[int, ...]:
+    """What each layer keeps at the end of the context, cross-attention included."""
+    run, width = pressure.run, pressure.width_bytes
+    source = facts.max_source or run.prompt_tokens
+    cross = facts.cross_numel * source * width
+    return tuple(run.batch * (layer.nbytes(run.context, run.prompt_tokens, width) + cross) for layer in facts.layers)
+
+
+def terms(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
+    """Everything that one pass allocates beside weights and cache, in bytes, by what it is.
+
+    Args:
+        facts: of the config.
+        pressure: the largest pass.
+
+    Returns:
+        `residual`, `mask` and `cache_growth` are there at all times; of `norm`, `attention`, `feed_forward` and
+        `experts` one at a time; `logits` and `logits_float32` after the last layer.
+    """
+    tokens, width = pressure.tokens, pressure.width_bytes
+    by_layer = cache_bytes(facts, pressure)
+    return {
+        # inputs_embeds, which forward holds to its end, the residual, its norm, and what is added to it
+        "residual": 4 * tokens * facts.width * width,
+        # RMSNorm.forward: a float32 copy, its square, and the product before it is cast back
+        "norm": 3 * tokens * facts.width * _FLOAT32_BYTES,
+        "attention": _attention(facts, pressure),
+        # down_proj(act(gate_proj(x)) * up_proj(x)): gate, up, and either their product or, in 16 bits on a CPU, the
+        # float32 sums that aten::mm works in (found with torch's profiler)
+        "feed_forward": (2 * width + _FLOAT32_BYTES) * tokens * facts.inner,
+        "experts": _experts(facts, pressure),
+        # masking_utils.sdpa_mask: bools, made where sequences are padded or windows are narrower than the context
+        "mask": _mask(facts, pressure),
+        # DynamicLayer.update: torch.cat makes the longer keys and values while the shorter ones are alive
+        "cache_growth": max(by_layer, default=0),
+        "logits": _logits_rows(facts, pressure) * facts.vocab * width,
+        # GenerationMixin: the last position is copied to float32, and processors and softmax make one each
+        "logits_float32": 3 * pressure.run.batch * facts.vocab * _FLOAT32_BYTES if facts.caches else 0,
+    }
+
+
+def activation_bytes(found: Mapping[str, int]) -> int:
+    """The most that lies between operations, of `terms`."""
+    in_turn = max(found[name] for name in ("norm", "attention", "feed_forward", "experts"))
+    return found["residual"] + found["mask"] + found["cache_growth"] + in_turn
+
+
+def logits_bytes(found: Mapping[str, int]) -> int:
+    """What the scores over the vocabulary take, of `terms`."""
+    return found["logits"] + found["logits_float32"]
+
+
+def host_workspace_bytes(num_tensors: int, largest_bytes: int, other_bytes: int) -> int:
+    """What loading needs on the host beside the weights, as far as the run does not need more at the same place.
+
+    Python's part of each tensor stays. Staging buffers and what is between two steps go before the first pass, so
+    they share memory with the cache and the activations.
+
+    Args:
+        num_tensors: of the checkpoint.
+        largest_bytes: what the largest tensor takes beside its place while it is rearranged; 0 where none is.
+        other_bytes: cache, activations and logits of the host.
+    """
+    return TENSOR_BYTES * num_tensors + max(0, FIXED_BYTES + largest_bytes - other_bytes)
+
+
+def _attention(facts: Facts, pressure: Pressure) -> int:
+    """Queries, keys, values and the output of one layer, with the temporaries of rotary positions."""
+    tokens, width = pressure.tokens, pressure.width_bytes
+    queries = facts.num_heads * facts.key_dim
+    pairs = facts.num_kv_heads * (facts.key_dim + facts.value_dim)
+    numel = tokens * (3 * queries + 2 * pairs + facts.num_heads * facts.value_dim)
+    reached = pressure.run.batch * pressure.run.context
+    if facts.latent_dim:
+        # expand_kv: the product of kv_b_proj, and keys put together from it, over the whole context
+        numel += 2 * reached * facts.num_heads * (facts.key_dim + facts.value_dim)
+    elif _has_mask(facts, pressure) and facts.num_kv_heads < facts.num_heads:
+        # sdpa_attention_forward: with a mask, keys and values are repeated for every query head
+        numel += reached * facts.num_heads * (facts.key_dim + facts.value_dim)
+    return numel * width
+
+
+def _experts(facts: Facts, pressure: Pressure) -> int:
+    """grouped_mm_experts_forward: chosen rows of tokens, gate and up, their product, down, and the weighted sum."""
+    if not facts.num_chosen:
+        return 0
+    chosen = pressure.tokens * facts.num_chosen
+    return chosen * (3 * facts.width + 4 * facts.expert_inner) * pressure.width_bytes
+
+
+def _has_mask(facts: Facts, pressure: Pressure) -> bool:
+    return pressure.run.batch > 1 or 0 < facts.window < pressure.run.context
+
+
+def _mask(facts: Facts, pressure: Pressure) -> int:
+    if not _has_mask(facts, pressure):
+        return 0
+    kinds = 2 if facts.window else 1  # one for the full layers, one for the windowed
+    return kinds * pressure.tokens * pressure.run.context
+
+
+def _logits_rows(facts: Facts, pressure: Pressure) -> int:
+    """Generation asks for the last position of each sequence; what only encodes scores every token."""
+    if not facts.needs_head:
+        return 0
+    return pressure.run.batch if facts.caches else pressure.tokens

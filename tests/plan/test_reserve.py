@@ -1,0 +1,156 @@
+"""The cache as transformers really allocates it, and the terms of one pass."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import builders
+from loadstone.plan.facts import Facts, facts_of
+from loadstone.plan.layer_caches import LayerCache
+from loadstone.plan.reserve import Pressure, activation_bytes, cache_bytes, host_workspace_bytes, logits_bytes, terms
+from loadstone.plan.values import Run
+
+NUM_TOKENS = 12
+
+
+def allocated(cache: Any) -> int:
+    """Bytes of all storages that a cache holds, each once."""
+    parts = (
+        [cache.self_attention_cache, cache.cross_attention_cache] if hasattr(cache, "self_attention_cache") else [cache]
+    )
+    found: dict[int, int] = {}
+    for part in parts:
+        for layer in part.layers:
+            for value in vars(layer).values():
+                for tensor in value.values() if isinstance(value, dict) else [value]:
+                    if isinstance(tensor, torch.Tensor) and tensor.numel() > 1:
+                        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def facts(model: Any) -> Facts:
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return facts_of({**config, "architectures": [type(model).__name__]})
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "qwen2",
+        "gpt2",
+        "gemma3_text",  # windows
+        "gpt_oss",
+        "mixtral",
+        "deepseek_v3",  # the compressed vector is cached
+        "mamba",
+        "mamba2",
+        "jamba",
+        "bamba",
+        "falcon_h1",
+        "qwen3_next",
+        "lfm2_moe",
+        "gemma4_text",  # layers of other widths
+        "mpt",
+    ],
+)
+def test_the_cache_of_a_prompt_is_predicted_to_the_byte(model_type: str) -> None:
+    model: Any = builders.tiny_model(model_type, "causal")
+    with torch.inference_mode():
+        out = model(input_ids=torch.arange(3, 3 + NUM_TOKENS)[None].repeat(2, 1), use_cache=True)
+    real = allocated(out.get("past_key_values") or out.get("cache_params"))
+    run = Run(context=NUM_TOKENS, prompt_tokens=NUM_TOKENS, batch=2)
+    assert sum(cache_bytes(facts(model), Pressure(run=run, dtype_bits=32))) == real
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_a_decoder_also_keeps_what_it_attends_to_of_the_encoder(model_type: str) -> None:
+    model: Any = builders.tiny_model(model_type, "seq2seq")
+    tokens = torch.arange(3, 3 + NUM_TOKENS)[None]
+    with torch.inference_mode():
+        real = allocated(model(input_ids=tokens, decoder_input_ids=tokens, use_cache=True).past_key_values)
+    run = Run(context=NUM_TOKENS, prompt_tokens=NUM_TOKENS)
+    assert sum(cache_bytes(facts(model), Pressure(run=run, dtype_bits=32))) == real
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral"])
+def test_a_window_is_an_upper_bound_at_every_step(model_type: str) -> None:
+    model: Any = builders.tiny_model(model_type, "causal")
+    run = Run(context=NUM_TOKENS + 6, prompt_tokens=NUM_TOKENS)
+    bound = sum(cache_bytes(facts(model), Pressure(run=run, dtype_bits=32)))
+    most, cache, tokens = 0, None, torch.arange(3, 3 + NUM_TOKENS)[None]
+    with torch.inference_mode():
+        for _ in range(run.context - run.prompt_tokens + 1):
+            cache = model(input_ids=tokens, past_key_values=cache, use_cache=True).past_key_values
+            most, tokens = max(most, allocated(cache)), torch.tensor([[5]])
+    assert most <= bound <= 1.5 * most
+
+
+def test_encoders_keep_nothing() -> None:
+    for model_type, kind in (("bert", "encoder"), ("vit", "image")):
+        found = facts(builders.tiny_model(model_type, kind))
+        assert not found.caches
+        assert cache_bytes(found, Pressure(run=Run(), dtype_bits=16)) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"sliding_window": 100}, [100] * 6),
+        ({"sliding_window": 100, "use_sliding_window": False}, [None] * 6),
+        ({"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 4}, [None] * 4 + [100] * 2),
+        ({"sliding_window": 100, "sliding_window_pattern": 3}, [100, 100, None] * 2),
+        ({"sliding_window": 100, "model_type": "gemma2"}, [100, None] * 3),
+        ({"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention"]}, [None, 100] * 3),
+        ({"attention_chunk_size": 50, "model_type": "llama4_text"}, [50, 50, 50, None, 50, 50]),
+    ],
+)
+def test_windows_follow_the_rules_of_each_family(fields: dict[str, Any], windows: list[int | None]) -> None:
+    config = {"num_hidden_layers": 6, "hidden_size": 8, "num_attention_heads": 2, **fields}
+    assert [layer.window for layer in facts_of(config).layers] == windows
+
+
+def test_layers_that_read_the_cache_of_others_keep_none() -> None:
+    config = {"num_hidden_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "num_kv_shared_layers": 3}
+    assert [layer.token_numel for layer in facts_of(config).layers] == [16, 0, 0, 0]
+
+
+def test_the_language_model_inside_a_larger_one_is_found() -> None:
+    text = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+    found = facts_of(
+        {"text_config": text, "vision_config": {"hidden_size": 99}, "architectures": ["XForConditionalGeneration"]}
+    )
+    assert (found.width, found.vocab, len(found.layers), found.needs_head) == (8, 10, 2, True)
+
+
+def test_terms_grow_with_the_tokens_and_stand_apart() -> None:
+    given = Facts(
+        width=100, num_heads=4, num_kv_heads=2, key_dim=25, value_dim=25, inner=300, vocab=1000,
+        layers=(LayerCache(token_numel=100),) * 3, needs_head=True, caches=True,
+    )  # fmt: skip
+    short = terms(given, Pressure(run=Run(context=100, prompt_tokens=10), dtype_bits=16))
+    assert short == {
+        "residual": 4 * 10 * 100 * 2,
+        "norm": 3 * 10 * 100 * 4,
+        "attention": 10 * (3 * 100 + 2 * 100 + 100) * 2,
+        "feed_forward": 10 * 300 * (2 + 2 + 4),
+        "experts": 0,
+        "mask": 0,
+        "cache_growth": 100 * 100 * 2,
+        "logits": 1000 * 2,
+        "logits_float32": 3 * 1000 * 4,
+    }
+    assert activation_bytes(short) == 8000 + 20_000 + 24_000
+    assert logits_bytes(short) == 14_000
+    padded = terms(given, Pressure(run=Run(context=100, prompt_tokens=10, batch=2), dtype_bits=16))
+    assert padded["mask"] == 2 * 10 * 100
+    # With a mask keys and values are repeated for every query head, over the whole context.
+    assert padded["attention"] - 2 * short["attention"] == 2 * 100 * 4 * 50 * 2
+
+
+def test_staging_shares_the_place_of_what_a_pass_needs() -> None:
+    alone, beside = host_workspace_bytes(10, 5, 0), host_workspace_bytes(10, 5, 10**9)
+    assert alone - beside == 64_000_005
+    assert beside == 120_000
