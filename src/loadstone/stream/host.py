@@ -5,6 +5,7 @@ Nothing here knows torch, so that it can begin while torch is still being import
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -61,13 +62,14 @@ def is_mappable(info: TensorInfo, dtype: str) -> bool:
     return info.encoding is None and info.dtype == dtype and info.strides is None and info.is_aligned
 
 
-def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
+def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = True) -> Fill | None:
     """How to read a tensor into `destination` as `dtype`.
 
     Args:
         info: the tensor.
         dtype: torch's name of the wanted dtype.
-        destination: fresh zeroed bytes, exactly as many as the tensor takes in that dtype.
+        destination: bytes, exactly as many as the tensor takes in that dtype.
+        fresh: they are zero and were never touched.
 
     Returns:
         None where torch must do it: strided tensors, and casts that numpy does not have.
@@ -79,7 +81,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel = _decoder(info.encoding, dtype)
         widths = (block.block_nbytes * 8, block.block_numel * DTYPES[dtype].bits)
     else:
-        kernel = kernel_for(info.dtype, dtype, fresh=True)
+        kernel = kernel_for(info.dtype, dtype, fresh=fresh)
         widths = (DTYPES[info.dtype].bits, DTYPES[dtype].bits)
     if kernel is None:
         return None
@@ -91,9 +93,11 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes) -> Fill | None:
         kernel=kernel,
         source_bits=widths[0],
         destination_bits=widths[1],
+        fresh=fresh,
     )
 
 
+@functools.cache  # neighbours with one and the same kernel can be read as one
 def _decoder(encoding: str, dtype: str) -> Kernel | None:
     def to_float32(source: Bytes, destination: Bytes) -> None:
         dequantize(source, encoding, destination.view("<f4"))
