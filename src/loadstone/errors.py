@@ -21,6 +21,7 @@
     ├── CheckpointMismatch          tensors and parameters do not fit together
     ├── RemoteCodeRefused           the checkpoint wants to run its own code
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
+    ├── StreamedModel               what was asked needs weights that are not kept in memory
     └── DeviceUnavailable           the device asked for is not there
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
@@ -131,6 +132,10 @@ class RemoteCodeRefused(LoadstoneError):
 
 class UnsupportedDtype(LoadstoneError):
     """A dtype that this torch, or this conversion, does not have."""
+
+
+class StreamedModel(LoadstoneError):
+    """What was asked of a model needs weights that are there only while they are computed with."""
 
 
 class DeviceUnavailable(LoadstoneError):

@@ -133,6 +133,11 @@ class Batch:
         """From the start to the last byte so far."""
         return self._end_s - self._begin_s
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._over.is_set()
+
     def wait(self) -> None:
         """Return when every byte is where it belongs.
 
