@@ -281,17 +281,14 @@ def _with_config(checkpoint: Checkpoint) -> Checkpoint:
 
 def _set_in_motion(begun: Begun) -> None:
     request, checkpoint = begun.request, begun.checkpoint
+    streamed = request.streaming.tensors if request.streaming is not None else frozenset()
     total_bytes = sum(file.nbytes for file in checkpoint.files)
-    if request.streaming is not None:
-        streamed = request.streaming.tensors
-        checkpoint = replace(
-            checkpoint, tensors={name: info for name, info in checkpoint.tensors.items() if name not in streamed}
-        )
-        total_bytes = checkpoint.nbytes
+    total_bytes -= sum(checkpoint.tensors[name].nbytes for name in streamed if name in checkpoint.tensors)
     if total_bytes > _PREFAULT_SHARE * host_memory()[1]:
         return  # what comes in now would push out what came before
     on_cpu = request.device == "cpu" or (request.device is None and not may_have_accelerator())
-    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=on_cpu and request.convert is None)
+    decode = on_cpu and request.convert is None
+    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=decode, skip=streamed)
 
 
 def _likely_dtype(begun: Begun) -> Callable[[TensorInfo], str]:

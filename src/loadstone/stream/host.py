@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from loadstone.events import Observer
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for
 from loadstone.stream.dequantize import dequantize
-from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
+from loadstone.stream.memory import PAGE_BYTES, TOUCH_BYTES, Arena, Bytes, Toucher, map_file
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.read import Batch, Fill, Reader
 
@@ -127,6 +127,18 @@ class Decoded:
     data: Bytes
 
 
+def _stretches(infos: Iterable[TensorInfo]) -> dict[Path, list[tuple[int, int]]]:
+    """Where tensors lie, from byte to byte, what is close together joined."""
+    found: dict[Path, list[tuple[int, int]]] = {}
+    for info in sorted(infos, key=lambda info: info.offset):
+        stretches, end = found.setdefault(info.file, []), info.offset + info.nbytes
+        if stretches and info.offset - stretches[-1][1] < PAGE_BYTES:
+            stretches[-1] = (stretches[-1][0], max(end, stretches[-1][1]))
+        else:
+            stretches.append((info.offset, end))
+    return found
+
+
 class Ahead:
     """What can begin as soon as the headers are known: mapped bytes come in, casts and decoding run.
 
@@ -148,13 +160,21 @@ class Ahead:
         self._unmapped: frozenset[Path] = frozenset()
         self._prefault: Prefault | None = None
 
-    def begin(self, checkpoint: Checkpoint, wanted_dtype: Callable[[TensorInfo], str], *, decode: bool) -> None:
+    def begin(
+        self,
+        checkpoint: Checkpoint,
+        wanted_dtype: Callable[[TensorInfo], str],
+        *,
+        decode: bool,
+        skip: Collection[str] = (),
+    ) -> None:
         """Start on every tensor; returns at once.
 
         Args:
             checkpoint: what is loaded.
             wanted_dtype: the dtype a tensor will most likely be wanted in.
             decode: whether to decode and cast now; without it only mapped bytes are brought in.
+            skip: the names of tensors that are left alone.
         """
         fills, mapped = [], dict.fromkeys(file.path for file in checkpoint.files)
         # A page fault over a network is a round trip, and a lost connection ends the process.
@@ -162,7 +182,7 @@ class Ahead:
         places: dict[tuple[Path, int, int, str], Decoded] = {}
         for info in checkpoint.tensors.values():
             dtype = wanted_dtype(info)
-            if self.is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
+            if self.is_mappable(info, dtype) or not decode or info.name in skip or _EXPERT.search(info.name):
                 continue
             # Tied tensors of torch pickles are the same bytes under several names.
             place = (info.file, info.offset, info.nbytes, dtype)
@@ -178,7 +198,10 @@ class Ahead:
         self._batch = self.reader.submit(fills)
         maps = {path: self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files}
         if maps:
-            self._prefault = Prefault(maps, beside_imports="torch" not in sys.modules, observer=self.observer)
+            only = _stretches(info for info in checkpoint.tensors.values() if info.name not in skip) if skip else None
+            self._prefault = Prefault(
+                maps, beside_imports="torch" not in sys.modules, observer=self.observer, only=only
+            )
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""

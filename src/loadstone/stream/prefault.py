@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from loadstone.errors import TruncatedFile
@@ -34,20 +34,32 @@ class Prefault:
         maps: whole files, in the order they are wanted.
         beside_imports: torch is being imported meanwhile.
         observer: is told about bytes.
+        only: the stretches of each file that are wanted, from byte to byte; by default all of it.
 
     Attributes:
         done_bytes: brought in so far.
         seconds: how long that took, what ran meanwhile included.
     """
 
-    def __init__(self, maps: Mapping[Path, Bytes], *, beside_imports: bool, observer: Observer) -> None:
+    def __init__(
+        self,
+        maps: Mapping[Path, Bytes],
+        *,
+        beside_imports: bool,
+        observer: Observer,
+        only: Mapping[Path, Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
         self.done_bytes = 0
         self.seconds = 0.0
         self._maps = {path: mapped for path, mapped in maps.items() if beside_imports or not is_cached(mapped)}
-        self._total_bytes = sum(mapped.size for mapped in self._maps.values())
+        wanted = only if only is not None else {path: [(0, mapped.size)] for path, mapped in self._maps.items()}
+        self._stretches = [
+            (path, mapped[begin:end]) for path, mapped in self._maps.items() for begin, end in wanted.get(path, ())
+        ]
+        self._total_bytes = sum(stretch.size for _, stretch in self._stretches)
         self._start = time.perf_counter()
         self._observer = observer
-        self._steps = _steps(self._maps)
+        self._steps = _steps(self._stretches)
         self._cut_short: Path | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -92,7 +104,7 @@ class Prefault:
             return None if self._stopped.is_set() else next(self._steps, None)
 
     def _read_ahead(self) -> None:
-        for _, stretch in _steps(self._maps):
+        for _, stretch in _steps(self._stretches):
             if self._stopped.is_set():
                 return
             will_need(stretch)
@@ -106,7 +118,7 @@ class Prefault:
             self._observer(event)
 
 
-def _steps(maps: Mapping[Path, Bytes]) -> Iterator[tuple[Path, Bytes]]:
-    for path, mapped in maps.items():
-        for begin in range(0, mapped.size, TOUCH_BYTES):
-            yield path, mapped[begin : begin + TOUCH_BYTES]
+def _steps(stretches: Iterable[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:
+    for path, stretch in stretches:
+        for begin in range(0, stretch.size, TOUCH_BYTES):
+            yield path, stretch[begin : begin + TOUCH_BYTES]
