@@ -37,7 +37,7 @@ class State(Enum):
     USED = "a unit that computes"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
     """Memory for one unit at a time.
 
@@ -84,7 +84,7 @@ class Residency:
     def __init__(self, units: Mapping[str, Sequence[Member]], refill: Refill, num_slots: int) -> None:
         self._units = dict(units)
         self._refill = refill
-        self._slots = [_Slot(data=anonymous(refill.slot_bytes)) for _ in range(num_slots if units else 0)]
+        self._slots = [_Slot(data=anonymous(nbytes)) for nbytes in refill.slot_sizes(num_slots)]
         self._where: dict[str, _Slot] = {}
         self._order = Order(tuple(units))
         self._turn = threading.RLock()
@@ -239,9 +239,9 @@ class Residency:
         return slot
 
     def _spare(self, unit: str) -> _Slot:
-        """A slot for a unit that nobody foresaw."""
+        """A slot for a unit that nobody foresaw: the one whose content is wanted last."""
         soon = self._order.coming(len(self._slots))
-        free = [slot for slot in self._slots if slot.state is not State.USED]
+        free = [slot for slot in self._slots if slot.state is not State.USED and self._has_room(slot, unit)]
         if not free:
             raise StreamedModel(
                 f"{unit}: expected a free slot, found all {len(self._slots)} computing, one unit within the other; "
@@ -250,13 +250,19 @@ class Residency:
         return max(free, key=lambda slot: soon.index(slot.unit) if slot.unit in soon else len(soon))
 
     def _read_ahead(self) -> None:
-        """Fill every slot that is not needed with what comes next."""
+        """Fill every slot that is not needed with what comes next, each unit into the smallest that it fits in."""
         free = [slot for slot in self._slots if slot.state is not State.USED]
         soon = self._order.coming(len(free))
         spare = [slot for slot in free if slot.unit not in soon]
         for unit in soon:
-            if unit not in self._where and spare:
-                self._begin(unit, spare.pop(), priority=0)
+            fitting = [slot for slot in spare if self._has_room(slot, unit)]
+            if unit not in self._where and fitting:
+                slot = min(fitting, key=lambda slot: slot.data.size)
+                spare.remove(slot)
+                self._begin(unit, slot, priority=0)
+
+    def _has_room(self, slot: _Slot, unit: str) -> bool:
+        return slot.data.size >= self._refill.recipes[unit].nbytes
 
     def _begin(self, unit: str, slot: _Slot, *, priority: int) -> None:
         self._empty(slot)

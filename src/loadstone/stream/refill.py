@@ -228,17 +228,16 @@ class Refill:
         self.reader = Reader(observer=observer, stage="stream")
         self.files = OpenFiles(streaming_manners(self._versions))
 
-    @property
-    def slot_bytes(self) -> int:
-        """What the largest unit takes in memory."""
-        return max((recipe.nbytes for recipe in self.recipes.values()), default=0)
+    def slot_sizes(self, count: int) -> list[int]:
+        """How large each of `count` slots must be, so that any `count` different units find room at once."""
+        return sorted((recipe.nbytes for recipe in self.recipes.values()), reverse=True)[:count]
 
     def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
         """Begin to read a unit into a slot, which nobody must use meanwhile.
 
         Args:
             unit: its name.
-            slot: page-aligned memory of at least `slot_bytes` bytes, always the same for one slot.
+            slot: page-aligned memory, at least as large as the unit's recipe says, always the same for one slot.
             priority: lower numbers come first.
 
         Returns:
