@@ -81,11 +81,12 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     ):
         add(settings[field])
     writer.add_rope_dimension_count(64)
-    filler = [f"<filler_{number}>" for number in range(len(_WORDS), int(str(settings["vocab_size"])))]
+    words = [*_WORDS, "ab"]
+    words += [f"<filler_{number}>" for number in range(len(words), int(str(settings["vocab_size"])))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*_WORDS, *filler])
-    writer.add_token_types([3, 3, 3, *[1] * (len(_WORDS) - 3), *[1] * len(filler)])
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -210,8 +211,10 @@ def measure(cage: Cage, peer: str, case: str, path: Path, arguments: argparse.Na
         command = [sys.executable, "-m", "loadstone", "run", str(path), PROMPT, "--json"]
         command += ["--max-new-tokens", str(arguments.tokens), *(["--dtype", "float32"] if case == "float32" else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
-    if harness.can_drop_caches() and not arguments.warm:
+    if harness.can_drop_caches() and not arguments.keep_caches:
         harness.drop_caches()
+    else:
+        harness.drop_files(path.parent.glob("*") if path.is_file() else path.glob("*"))
     caged = cage.run(command, timeout_s=arguments.timeout, environment=environment)
     row: dict[str, Any] = {
         "peer": peer,
@@ -289,10 +292,7 @@ def draw(rows: list[dict[str, Any]], rate: float) -> None:
             row["case"],
             row["peer"],
             row["outcome"],
-            *(
-                "" if value is None else f"{value:.2f}"
-                for value in (row.get("first_token_s"), row.get("token_s"), alone)
-            ),
+            *("" if value is None else f"{value:.2f}" for value in seconds),
             *(f"{row[key] / 1e6:.0f} MB" for key in ("peak_bytes", "anonymous_peak_bytes")),
         )
     Console(width=110).print(table)
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a run may take")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
+    parser.add_argument("--keep-caches", action="store_true", help="drop only the checkpoint from the page cache")
     parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)

@@ -150,7 +150,7 @@ def attach(
         if fqn in by_rows:
             rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
             table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)
-            member.placeholder.lookup = partial(residency.look_up, rows, table)
+            member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
         for owner, name in member.owners:
             owner[name] = member.placeholder
     _hook(module, groups, residency)

@@ -26,7 +26,8 @@ _FACTS = frozenset(
 _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 _SET_FACTS = tuple(vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad"))
 
-Lookup = Callable[..., torch.Tensor]
+Take = Callable[[torch.Tensor], torch.Tensor]
+Lookup = Callable[[torch.Tensor, Take], torch.Tensor]
 
 
 class StreamedParameter(nn.Parameter):
@@ -35,7 +36,8 @@ class StreamedParameter(nn.Parameter):
     Attributes:
         fqn: its name in the module.
         unit: what it is read with.
-        lookup: answers `torch.nn.functional.embedding` where its rows can be read one by one.
+        lookup: where its rows can be read one by one: reads those of the given numbers, and gives what is taken from
+            the table that then holds them.
     """
 
     fqn: str
@@ -58,20 +60,35 @@ class StreamedParameter(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what can be answered without elements; refuse the rest."""
         kwargs = kwargs or {}
-        if func is functional.embedding and isinstance(args[1], cls) and args[1].lookup is not None:
-            return args[1].lookup(*args, **kwargs)
+        found = _looked_up(func, args, kwargs)
+        if found is not None:
+            return found
         name = getattr(func, "__name__", "")
         if name in _FACTS or _sets_nothing(func, args) or _moves_nothing(name, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 answer = func(*args, **kwargs)
             if isinstance(answer, cls) or not isinstance(answer, torch.Tensor):
                 return answer
-        found = next(_placeholders((*args, *kwargs.values())))
+        first = next(_placeholders((*args, *kwargs.values())))
         raise StreamedModel(
-            f"{found.fqn}: expected its elements for {name}, found a parameter that is read from its file only while "
-            f"{found.unit} computes; load the model with more memory, in the dtype and on the device that you want, to "
+            f"{first.fqn}: expected its elements for {name}, found a parameter that is read from its file only while "
+            f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, to "
             "copy, convert, save or change its weights."
         )
+
+
+def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """Rows of a table that are looked up, by `torch.nn.functional.embedding` or by an index; None for all else."""
+    if func is functional.embedding and kwargs.get("max_norm") is None and len(args) == 2:
+        ids, table = args
+        if isinstance(table, StreamedParameter) and table.lookup is not None:
+            return table.lookup(ids, lambda rows: functional.embedding(ids, rows, **kwargs))
+    if func is torch.Tensor.__getitem__ and args[0].lookup is not None:
+        table, index = args
+        ids = torch.arange(len(table))[index[0] if isinstance(index, tuple) else index]
+        # A copy: the table's rows go when others are wanted.
+        return table.lookup(ids.reshape(-1), lambda rows: rows[index].clone())  # type: ignore[no-any-return]
+    return None
 
 
 def _placeholders(values: Any) -> Iterator[StreamedParameter]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from loadstone.errors import StreamedModel
-from loadstone.execute.placeholder import StreamedParameter
+from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.prefetch import Order
 from loadstone.execute.values import StreamStats
 from loadstone.stream.materialize import as_tensor
@@ -168,23 +168,28 @@ class Residency:
         self._turn.release()
         return output
 
-    def look_up(self, rows: Rows, table: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`torch.nn.functional.embedding` on a table whose rows are read as they are looked up."""
-        ids, parameter, *rest = args
+    def look_up(self, rows: Rows, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
+        """Read rows of a table, and take what is wanted of them.
+
+        Args:
+            rows: reads them.
+            table: where they are then.
+            fqn: the table's name.
+            ids: the numbers of the rows.
+            take: called with the table; what it returns must not lie in it.
+
+        Returns:
+            What `take` returned.
+        """
         with self._turn:
-            self._refuse_gradients(parameter.fqn)
-            if kwargs.get("max_norm", rest[1] if len(rest) > 1 else None) is not None:
-                raise StreamedModel(
-                    f"{parameter.fqn}: expected an embedding without max_norm, which changes the rows that are looked "
-                    "up; found one while the rows are read from the file; load the model with more memory."
-                )
+            self._refuse_gradients(fqn)
             before, begin = rows.read_bytes, time.perf_counter()
             rows.bring(ids.numpy())
             self._stall_s += time.perf_counter() - begin
             self._streamed_bytes += rows.read_bytes - before
-            found = nn.functional.embedding(ids, table, *rest, **kwargs)
+            taken = take(table)
             rows.trim()
-            return found
+            return taken
 
     def _is_mine(self) -> bool:
         """Whether this thread has the turn."""
