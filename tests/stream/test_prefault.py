@@ -47,6 +47,14 @@ def test_a_cold_file_is_brought_in_whole(path: Path, beside_imports: bool) -> No
     assert is_cached(map_file(path))
 
 
+def test_only_the_stretches_that_are_wanted_are_brought_in(path: Path) -> None:
+    drop(path)
+    only = {path: [(0, 10_000), (4_000_000, NBYTES)]}
+    prefault = Prefault({path: map_file(path)}, beside_imports=True, observer=ignore, only=only)
+    prefault.wait()
+    assert prefault.done_bytes == 10_000 + NBYTES - 4_000_000
+
+
 def test_a_cached_file_is_left_to_the_forward_unless_imports_run_meanwhile(path: Path) -> None:
     idle = Prefault({path: map_file(path)}, beside_imports=False, observer=ignore)
     idle.wait()

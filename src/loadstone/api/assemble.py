@@ -188,7 +188,8 @@ def _blueprint(begun: Begun) -> Blueprint:
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
-        device = choose_device(machine(), begun.request.device, nbytes)
+        wanted = begun.request.device if begun.request.streaming is None else "cpu"
+        device = choose_device(machine(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
 
