@@ -17,7 +17,7 @@ def imported_by(code: str) -> set[str]:
 
 
 def test_the_public_names_are_these() -> None:
-    assert loadstone.__all__ == ["LoadstoneError", "inspect", "load", "load_tokenizer", "of"]
+    assert loadstone.__all__ == ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "machine", "of"]
     for name in loadstone.__all__:
         assert getattr(loadstone, name) is not None
     assert set(loadstone.__all__) <= set(dir(loadstone))

@@ -10,15 +10,15 @@ class Dtype:
     """One element type.
 
     Attributes:
-        name: torch's name, `bfloat16` for `torch.bfloat16`.
+        name: torch's name, `bfloat16` for `torch.bfloat16`; that of ml_dtypes where torch has none.
         bits: the width of an element in bits; sub-byte types are packed.
-        safetensors: the code in a safetensors header.
+        safetensors: the code in a safetensors header; None for what only torch has.
         floating: whether it is a floating-point type.
     """
 
     name: str
     bits: int
-    safetensors: str
+    safetensors: str | None
     floating: bool = False
 
 
@@ -33,7 +33,10 @@ _TABLE = (
     Dtype(name="int32", bits=32, safetensors="I32"),
     Dtype(name="uint64", bits=64, safetensors="U64"),
     Dtype(name="int64", bits=64, safetensors="I64"),
-    Dtype(name="float4_e2m1fn_x2", bits=4, safetensors="F4", floating=True),
+    Dtype(name="float4_e2m1fn", bits=4, safetensors="F4", floating=True),
+    Dtype(name="float4_e2m1fn_x2", bits=8, safetensors=None, floating=True),
+    Dtype(name="float6_e2m3fn", bits=6, safetensors="F6_E2M3", floating=True),
+    Dtype(name="float6_e3m2fn", bits=6, safetensors="F6_E3M2", floating=True),
     Dtype(name="float8_e4m3fn", bits=8, safetensors="F8_E4M3", floating=True),
     Dtype(name="float8_e5m2", bits=8, safetensors="F8_E5M2", floating=True),
     Dtype(name="float8_e4m3fnuz", bits=8, safetensors="F8_E4M3FNUZ", floating=True),
@@ -44,10 +47,14 @@ _TABLE = (
     Dtype(name="float32", bits=32, safetensors="F32", floating=True),
     Dtype(name="float64", bits=64, safetensors="F64", floating=True),
     Dtype(name="complex64", bits=64, safetensors="C64", floating=True),
+    Dtype(name="complex128", bits=128, safetensors=None, floating=True),
 )
 
 DTYPES: dict[str, Dtype] = {dtype.name: dtype for dtype in _TABLE}
-SAFETENSORS_DTYPES: dict[str, Dtype] = {dtype.safetensors: dtype for dtype in _TABLE}
+SAFETENSORS_DTYPES: dict[str, Dtype] = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
+
+# What a file counts one by one and torch in pairs: two elements are one of torch's, along the last dimension.
+TORCH_PAIRS: dict[str, str] = {"float4_e2m1fn": "float4_e2m1fn_x2"}
 
 # The words people type for a dtype, beside torch's own names.
 ALIASES: dict[str, str] = {

@@ -20,9 +20,14 @@
     │   └── UnknownArchitecture     no class is known for it
     ├── CheckpointMismatch          tensors and parameters do not fit together
     ├── RemoteCodeRefused           the checkpoint wants to run its own code
+    ├── DestinationError            what is asked for cannot be written there
+    │   ├── DestinationExists       something is there already
+    │   ├── DestinationBusy         another process is writing it
+    │   └── DiskFull                the disk has no room for it
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
     ├── StreamedModel               what was asked needs weights that are not kept in memory
-    └── DeviceUnavailable           the device asked for is not there
+    ├── DeviceUnavailable           the device asked for is not there
+    └── InvalidMachine              no machine of that name, or a machine file that cannot be used
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
 `ValueError` or `TypeError`.
@@ -130,6 +135,22 @@ class RemoteCodeRefused(LoadstoneError):
     """The checkpoint names code of its own, and nobody asked for it to run."""
 
 
+class DestinationError(LoadstoneError):
+    """The destination cannot be written; nothing was left there."""
+
+
+class DestinationExists(DestinationError):
+    """Something is at the destination already, and nothing is ever overwritten."""
+
+
+class DestinationBusy(DestinationError):
+    """Another process is writing the same destination."""
+
+
+class DiskFull(DestinationError):
+    """The disk has no room for the result; nothing was left on it."""
+
+
 class UnsupportedDtype(LoadstoneError):
     """A dtype that this torch, or this conversion, does not have."""
 
@@ -140,3 +161,7 @@ class StreamedModel(LoadstoneError):
 
 class DeviceUnavailable(LoadstoneError):
     """The device that was asked for is not on this machine."""
+
+
+class InvalidMachine(LoadstoneError):
+    """There is no machine of that name, or the file describes none that can be."""

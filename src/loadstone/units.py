@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
+
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT = ("", "K", "M", "B", "T")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?i?b?)", re.IGNORECASE | re.ASCII)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_FLOPS = ("FLOPS", "kFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
 
 
 def format_bytes(nbytes: float) -> str:
     """Three significant figures and a unit: `98.1 MB`."""
     return _scaled(nbytes, _DECIMAL, " ")
+
+
+def parse_bytes(size: str | int, *, option: str) -> int:
+    """A size as people type it, in bytes: `5GB`, `500 MB` and `1.5G` are decimal, `2GiB` is binary, `1000` is bytes.
+
+    Args:
+        size: the text, or bytes.
+        option: what the size was given for, as the user calls it; begins the message.
+
+    Raises:
+        ValueError: it is no size, or less than a byte.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    if match is not None:
+        unit = match["unit"].lower().removesuffix("b")
+        base = 1024 if unit.endswith("i") else 1000
+        nbytes = int(Decimal(match["number"]) * base ** _POWERS.get(unit.removesuffix("i"), 0))
+        if nbytes > 0 and unit != "i":
+            return nbytes
+    raise ValueError(f"{option}: expected a size such as 5GB, 500MB or 2GiB, found {str(size)[:40]!r}.")
 
 
 def format_count(count: float) -> str:
@@ -19,6 +45,11 @@ def format_count(count: float) -> str:
 def format_rate(bytes_per_s: float) -> str:
     """A rate: `1.75 GB/s`."""
     return f"{format_bytes(bytes_per_s)}/s"
+
+
+def format_flops(flops_per_s: float) -> str:
+    """Floating-point operations per second: `312 TFLOPS`."""
+    return _scaled(flops_per_s, _FLOPS, " ")
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Hub ids: a complete cache needs no network, an incomplete one is completed."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -24,6 +26,14 @@ FILES = {
     "tokenizer.json": b"{}",
     "modeling_own.py": b"raise SystemExit",
     "README.md": b"hello",
+    "model.fp16.safetensors": save({"weight": torch.arange(9, dtype=torch.float16)}),
+    "model_index.json": b"{}",
+    "unet/config.json": b'{"_class_name": "UNet"}',
+    "unet/diffusion_pytorch_model.safetensors.index.fp16.json": json.dumps(
+        {"weight_map": {"weight": "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"}}
+    ).encode(),
+    "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors": save({"weight": torch.ones(3)}),
+    "unet/diffusion_pytorch_model.safetensors": save({"weight": torch.ones(4)}),
 }
 
 
@@ -116,7 +126,7 @@ class Hub(BaseHTTPRequestHandler):
             ).encode()
             self._send(content, body, {"Content-Type": "application/json"})
             return
-        name = path.rpartition("/")[2]
+        name = unquote(path).removeprefix(f"/org/name/resolve/{COMMIT}/").removeprefix("/org/name/resolve/main/")
         if not path.startswith("/org/name/resolve/") or name not in FILES:
             self.send_error(404)
             return
@@ -151,19 +161,23 @@ def hub() -> Iterator[str]:
 DOWNLOAD = """
 import json, sys
 from pathlib import Path
+from loadstone.checkpoint.excerpt import Excerpt
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 events = []
-checkpoint = open_checkpoint(sys.argv[2], hub=HubAccess(cache_dir=Path(sys.argv[1])), observer=events.append)
+access = HubAccess(cache_dir=Path(sys.argv[1]))
+excerpt = Excerpt(**json.loads(sys.argv[3]))
+checkpoint = open_checkpoint(sys.argv[2], hub=access, observer=events.append, excerpt=excerpt)
 moved = [[event.done_bytes, event.total_bytes] for event in events]
 print(json.dumps({"files": sorted(p.name for p in checkpoint.root.iterdir()), "moved": moved}))
 """
 
 
-def download(endpoint: str, folder: Path, name: str = "org/name") -> subprocess.CompletedProcess[str]:
+def download(endpoint: str, folder: Path, name: str = "org/name", **excerpt: str) -> subprocess.CompletedProcess[str]:
     environment = {"HF_ENDPOINT": endpoint, "HOME": str(folder), "PATH": "/usr/bin", "HF_HUB_DISABLE_XET": "1"}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     return subprocess.run(
-        [sys.executable, "-c", DOWNLOAD, str(folder), name],
+        [sys.executable, "-c", DOWNLOAD, str(folder), name, json.dumps(excerpt)],
         capture_output=True,
         text=True,
         env=environment,
@@ -176,9 +190,37 @@ def test_an_incomplete_cache_is_completed_with_progress_in_bytes(tmp_path: Path,
     done = download(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert told["files"] == ["config.json", "model.safetensors", "model_index.json", "tokenizer.json"]
     assert told["moved"][-1][0] == told["moved"][-1][1] > 12_000
     assert not any("modeling_own" in path for path in Hub.requests[0])
+
+
+def test_only_the_variant_is_downloaded(tmp_path: Path, hub: str) -> None:
+    done = download(hub, tmp_path, variant="fp16")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["files"] == ["config.json", "model.fp16.safetensors", "model_index.json", "tokenizer.json"]
+
+
+def test_only_the_subfolder_is_downloaded_with_the_shards_of_its_index(tmp_path: Path, hub: str) -> None:
+    done = download(hub, tmp_path, subfolder="unet", variant="fp16")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["files"] == [
+        "config.json",
+        "diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+    ]
+    assert sorted(path.name for path in (tmp_path / "models--org--name" / "snapshots" / COMMIT).iterdir()) == ["unet"]
+    # All of it is there now: the cache answers without the hub.
+    Hub.requests[0].clear()
+    assert download(hub, tmp_path, subfolder="unet", variant="fp16").returncode == 0
+    assert Hub.requests[0] == []
+
+
+def test_a_variant_the_hub_does_not_have_lists_those_it_has(tmp_path: Path, hub: str) -> None:
+    done = download(hub, tmp_path, variant="bf16")
+    assert 'org/name: expected weights of the variant "bf16", found fp16 and weights without a variant' in done.stderr
 
 
 def test_a_model_the_hub_does_not_have_is_not_found(tmp_path: Path, hub: str) -> None:

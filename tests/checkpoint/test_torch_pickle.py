@@ -75,6 +75,7 @@ def zoo() -> dict[str, torch.Tensor]:
         "uint16": torch.arange(6).to(torch.uint16),
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 7),
+        "rows of nothing": torch.empty(4, 0, 5)[1:],
         "one_row": torch.randn(1, 4).as_strided((1, 4), (99, 1)),
     }
 
@@ -215,10 +216,19 @@ def test_whole_module_is_refused(tmp_path: Path) -> None:
     refused(save(tmp_path, torch.nn.Linear(1, 1)), "reference to 'torch.nn.modules.linear.Linear'", UnsafePickle)
 
 
-def test_numpy_scalar_is_refused(tmp_path: Path) -> None:
+def test_numpy_scalar_is_left_out(tmp_path: Path) -> None:
     import numpy as np
 
-    refused(save(tmp_path, {"loss": np.float64(1)}), "reference to 'numpy.*scalar'", UnsafePickle)
+    found, notes = read_torch_pickle(save(tmp_path, {"loss": np.float64(1), "a": torch.ones(1)}))
+    assert list(found) == ["a"]
+    assert notes == ("pytorch_model.bin: 1 entries are no tensors and were left out: 'loss'",)
+
+
+def test_numpy_array_is_refused(tmp_path: Path) -> None:
+    """It would be a weight that is silently left out."""
+    import numpy as np
+
+    refused(save(tmp_path, {"a": np.ones(3)}), "reference to 'numpy.*_reconstruct'", UnsafePickle)
 
 
 def test_control_characters_of_a_name_are_escaped(tmp_path: Path) -> None:
@@ -227,10 +237,10 @@ def test_control_characters_of_a_name_are_escaped(tmp_path: Path) -> None:
     refused(path, r"'\\x1b\[2Jos.system'", UnsafePickle)
 
 
-@BOTH
-def test_dtype_that_is_not_read(tmp_path: Path, zipped: bool) -> None:
-    path = save(tmp_path, {"a": torch.ones(1, dtype=torch.complex128)}, zipped)
-    refused(path, "found 'ComplexDoubleStorage', which is not read; save the model with another", UnsupportedFormat)
+def test_dtype_that_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\x80\x02ctorch\nQInt8Storage\n.")
+    refused(path, "found 'QInt8Storage', which is not read; save the model with another", UnsupportedFormat)
 
 
 def repack(path: Path, change: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED) -> Path:

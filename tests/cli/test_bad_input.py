@@ -137,3 +137,24 @@ def test_a_dtype_that_does_not_exist(run: Run, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     one_sentence(run("load", tmp_path, "--dtype", "bf17"), "dtype='bf17'", "bfloat16")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_variant_that_is_not_there(run: Run, tmp_path: Path, command: str) -> None:
+    content = header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, payload=4)
+    (tmp_path / "model.bf16.safetensors").write_bytes(content)
+    one_sentence(run(command, tmp_path, "--variant", "fp16"), 'variant "fp16"', "found bf16")
+    one_sentence(run(command, tmp_path), 'pass variant="bf16"')
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_prefix_and_a_selection_that_match_nothing(run: Run, tmp_path: Path, command: str) -> None:
+    content = header({"net.a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, payload=4)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    one_sentence(run(command, tmp_path, "--prefix", "unet."), "begin with 'unet.'", "net. (1)")
+    one_sentence(run(command, tmp_path, "--select", "b*"), "select='b*'", "net.a")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_subfolder_outside_the_source(run: Run, tmp_path: Path, command: str) -> None:
+    one_sentence(run(command, tmp_path, "--subfolder", "../x"), "subfolder='../x'", "inside the source")

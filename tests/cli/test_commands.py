@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_text(
     assert run(monkeypatch, capsys, *options) == run(monkeypatch, capsys, *options)
 
 
-@pytest.mark.parametrize("command", ["inspect", "load", "run"])
+@pytest.mark.parametrize("command", ["inspect", "load", "run", "machine"])
 def test_help_has_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
     out = run(monkeypatch, capsys, command, "--help")
     assert "Examples" in out
@@ -132,3 +132,22 @@ def test_commands_without_a_source_use_the_demo_model(
 ) -> None:
     monkeypatch.setattr(loading, "demo_model", lambda _: chatty_folder)
     assert "LlamaForCausalLM" in run(monkeypatch, capsys, "load")
+
+
+def test_a_variant_a_subfolder_and_a_prefix_are_named_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chatty_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    state = load_file(chatty_folder / "model.safetensors")
+    save_file({f"policy.{name}": tensor for name, tensor in state.items()}, inner / "model.fp16.safetensors")
+    (inner / "config.json").write_bytes((chatty_folder / "config.json").read_bytes())
+    where = (tmp_path, "--subfolder", "inner", "--variant", "fp16", "--prefix", "policy.")
+    report = json.loads(run(monkeypatch, capsys, "load", *where, "--json"))
+    assert report["files"] == [str(inner / "model.fp16.safetensors")]
+    patterns = ("--select", "lm_head.*", "--select", "model.norm.*")
+    found = json.loads(run(monkeypatch, capsys, "inspect", *where, *patterns, "--json"))
+    assert sorted(tensor["name"] for tensor in found["tensors"]) == ["lm_head.weight", "model.norm.weight"]
+    assert "LlamaForCausalLM is ready" in run(monkeypatch, capsys, "inspect", "--walk", *where)

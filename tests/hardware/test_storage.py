@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.hardware import storage
-from loadstone.hardware.storage import Storage, storage_of, storages_of
+from loadstone.hardware import mounts, storage
+from loadstone.hardware.storage import Storage, disk_under, existing_parent, storage_of, storages_of
 
 MOUNTS = """22 27 0:21 / /proc rw,relatime - proc proc rw
 27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
@@ -28,7 +28,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "block").mkdir()
     (tmp_path / "block/8:17").symlink_to(tmp_path / "pci0/sdb/sdb1")
     (tmp_path / "block/254:0").symlink_to(tmp_path / "virtio1/vda")
-    monkeypatch.setattr(storage, "_MOUNTINFO", tmp_path / "mountinfo")
+    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
     monkeypatch.setattr(storage, "_BLOCK_DEVICES", tmp_path / "block")
 
 
@@ -60,6 +60,23 @@ def test_this_machine_answers(tmp_path: Path) -> None:
     found = storage_of(tmp_path / "a")
     assert not found.network
     assert found.direct_alignment is None or found.direct_alignment % 512 == 0
+
+
+def test_a_folder_that_one_may_not_look_into_leaves_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def forbidden(path: Path, **options: bool) -> os.stat_result:
+        if path.is_relative_to(tmp_path / "private"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    assert existing_parent(tmp_path / "private" / "cache") == tmp_path
+    found = disk_under(tmp_path / "private" / "cache")
+    assert found is not None
+    assert found.path == tmp_path / "private" / "cache"
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:

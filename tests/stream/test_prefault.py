@@ -39,7 +39,7 @@ def test_what_was_written_is_cached_and_what_was_dropped_is_not(path: Path) -> N
 def test_a_cold_file_is_brought_in_whole(path: Path, beside_imports: bool) -> None:
     drop(path)
     told: list[Event] = []
-    prefault = Prefault({path: map_file(path)}, beside_imports=beside_imports, observer=told.append)
+    prefault = Prefault([(path, map_file(path))], beside_imports=beside_imports, observer=told.append)
     prefault.wait()
     assert prefault.done_bytes == NBYTES
     assert prefault.seconds > 0
@@ -47,19 +47,11 @@ def test_a_cold_file_is_brought_in_whole(path: Path, beside_imports: bool) -> No
     assert is_cached(map_file(path))
 
 
-def test_only_the_stretches_that_are_wanted_are_brought_in(path: Path) -> None:
-    drop(path)
-    only = {path: [(0, 10_000), (4_000_000, NBYTES)]}
-    prefault = Prefault({path: map_file(path)}, beside_imports=True, observer=ignore, only=only)
-    prefault.wait()
-    assert prefault.done_bytes == 10_000 + NBYTES - 4_000_000
-
-
 def test_a_cached_file_is_left_to_the_forward_unless_imports_run_meanwhile(path: Path) -> None:
-    idle = Prefault({path: map_file(path)}, beside_imports=False, observer=ignore)
+    idle = Prefault([(path, map_file(path))], beside_imports=False, observer=ignore)
     idle.wait()
     assert idle.done_bytes == 0
-    busy = Prefault({path: map_file(path)}, beside_imports=True, observer=ignore)
+    busy = Prefault([(path, map_file(path))], beside_imports=True, observer=ignore)
     busy.wait()
     assert busy.done_bytes == NBYTES
 
@@ -71,8 +63,7 @@ def test_a_stopped_prefault_ends(path: Path) -> None:
         started.wait()
         prefault.stop()
 
-    maps = {path.with_suffix(f".{number}"): map_file(path) for number in range(100)}
-    prefault = Prefault(maps, beside_imports=True, observer=stop_at_the_first_event)
+    prefault = Prefault([(path, map_file(path))] * 100, beside_imports=True, observer=stop_at_the_first_event)
     started.set()
     prefault.wait()
     assert 0 < prefault.done_bytes < 100 * NBYTES
@@ -83,8 +74,8 @@ def test_a_file_cut_short_after_it_was_mapped_is_an_error_not_a_signal(path: Pat
     drop(path)
     mapped = map_file(path)
     os.truncate(path, NBYTES // 2)
-    prefault = Prefault({path: mapped}, beside_imports=beside_imports, observer=ignore)
-    with pytest.raises(TruncatedFile, match=r"weights.bin: expected 5,000,001 bytes, as when it was opened"):
+    prefault = Prefault([(path, mapped)], beside_imports=beside_imports, observer=ignore)
+    with pytest.raises(TruncatedFile, match=r"weights.bin: expected the file as it was when it was opened"):
         prefault.wait()
 
 

@@ -22,9 +22,9 @@ from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
 from loadstone.execute.attach import Streamed, attach, choose_streamed
 from loadstone.execute.residency import Residency
-from loadstone.hardware.measure import cached
+from loadstone.hardware.measured import known_rates
 from loadstone.hardware.memory import ResidentBytes
-from loadstone.hardware.probe import machine
+from loadstone.hardware.probe import probe
 from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
@@ -165,7 +165,7 @@ def _blueprint(begun: Begun) -> Blueprint:
                 architecture=request.architecture,
                 attn_implementation=request.attn_implementation,
                 trust_remote_code=request.trust_remote_code,
-                described_in="the GGUF header" if begun.checkpoint.format is Format.GGUF else "config.json",
+                described_in=_described_in(begun),
             ),
         )
         blueprint = TransformersModel(
@@ -185,11 +185,19 @@ def _blueprint(begun: Begun) -> Blueprint:
     return blueprint
 
 
+def _described_in(begun: Begun) -> str:
+    if begun.checkpoint.format is Format.GGUF:
+        return "the GGUF header"
+    if begun.checkpoint.params is not None and not (begun.checkpoint.root / "config.json").exists():
+        return "params.json"
+    return "config.json"
+
+
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
         wanted = begun.request.device if begun.request.streaming is None else "cpu"
-        device = choose_device(machine(), wanted, nbytes)
+        device = choose_device(probe(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
 
@@ -328,7 +336,7 @@ def _reporter(
             paged_s=begun.ahead.paged_s,
             before=begun.before,
             peak=peak,
-            rates=cached(begun.checkpoint.files[0].path, cache_folder()),
+            rates=known_rates(begun.checkpoint.files[0].path, cache_folder()),
             foretold=told.foretold,
             cuda=_cuda_memory(told.device.value),
             notes=told.notes,

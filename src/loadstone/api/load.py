@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.api.pause import paused_gc
 from loadstone.api.registry import Loaded, remember
-from loadstone.architecture.gguf import config_from_metadata, tensor_targets
+from loadstone.architecture.gguf import tensor_targets
+from loadstone.architecture.implied import with_config
 from loadstone.architecture.keymap import RenameRules
 from loadstone.checkpoint.cache import cache_folder
+from loadstone.checkpoint.excerpt import Excerpt, Select
 from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
+from loadstone.checkpoint.packed import in_torch_pairs
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.dtypes import DTYPES
@@ -48,6 +51,7 @@ class Request:
     device: str | None = None
     attn_implementation: str | None = None
     access: HubAccess = field(default_factory=HubAccess)
+    excerpt: Excerpt = field(default_factory=Excerpt)
     trust_remote_code: bool = False
     strict: bool = True
     allow_missing: tuple[str, ...] = ()
@@ -99,6 +103,10 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    prefix: str | None = None,
+    select: Select | None = None,
     trust_remote_code: bool = False,
     strict: bool = True,
     allow_missing: Collection[str] = (),
@@ -111,8 +119,9 @@ def load(
     """Load a model, ready to use: in eval mode, ties, buffers and generation config in place.
 
     Args:
-        source: a folder in Hugging Face layout, a weight file (.safetensors, .gguf, .bin, .pt), a list of weight files
-            that are one checkpoint, or a hub id. Complete local or cached files are used without a network call.
+        source: a folder in Hugging Face layout or Meta's, a weight file (.safetensors, .gguf, .bin, .pt, .pth, .ckpt),
+            a list of weight files that are one checkpoint, or a hub id. Complete local or cached files are used without
+            a network call.
         architecture: the name of a transformers class, `"LlamaModel"` or `"AutoModelForCausalLM"`; by default what
             config.json's `architectures` says.
         dtype: a torch dtype or its name; "auto" means as stored, as in transformers; None lets Loadstone choose, which
@@ -123,6 +132,11 @@ def load(
         revision: the branch, tag or commit of a hub id.
         token: a hub token for gated models; by default the one `hf auth login` has stored.
         cache_dir: the hub cache, where it is not the usual one.
+        subfolder: a folder inside the source, such as a component of a diffusers pipeline.
+        variant: the `fp16` of files named `model.fp16.safetensors`.
+        prefix: only the tensors whose names begin with it, without it: one model of a file that holds several.
+        select: only tensors whose names (without the prefix) match a shell pattern, one of several, or a function of
+            the name. What is not selected is not read.
         trust_remote_code: run the model code that the checkpoint brings. Read it first.
         strict: a missing, left-over or mismatched tensor is an error; otherwise it is a note in the report. A load in
             which no tensor fits is always an error.
@@ -156,6 +170,7 @@ def load(
             cache_dir=None if cache_dir is None else Path(cache_dir),
             trust_remote_code=trust_remote_code,
         ),
+        excerpt=Excerpt(subfolder=subfolder or "", variant=variant, prefix=prefix, select=select),
         trust_remote_code=trust_remote_code,
         strict=strict,
         allow_missing=tuple(allow_missing),
@@ -209,9 +224,9 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     recorder = Recorder(observer=observer)
     import_files.read_ahead(cache_folder())
     start, before = time.perf_counter(), resident()
-    checkpoint = read_headers(request.source, request.access, recorder)
+    checkpoint = in_torch_pairs(read_headers(request.source, request.access, recorder, request.excerpt))
     if request.into is None:
-        checkpoint = _with_config(checkpoint)
+        checkpoint = _described(checkpoint)
         check_counts(checkpoint.config or {}, checkpoint)
     dtype = choose_dtype(checkpoint, request.dtype)
     ahead = Ahead(observer)
@@ -231,13 +246,14 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
         ahead.close()
 
 
-def read_headers(source: Source, access: HubAccess, recorder: Recorder) -> Checkpoint:
+def read_headers(source: Source, access: HubAccess, recorder: Recorder, excerpt: Excerpt | None = None) -> Checkpoint:
     """Resolve the source and read its headers, as a stage of a load.
 
     Args:
         source: as for `load`.
         access: how the hub may be used.
         recorder: times the stage.
+        excerpt: which part of the source is meant.
 
     Returns:
         The checkpoint.
@@ -249,6 +265,7 @@ def read_headers(source: Source, access: HubAccess, recorder: Recorder) -> Check
             local_files_only=access.local_files_only,
             hub=access,
             observer=recorder.observer,
+            excerpt=excerpt,
         )
         told.text = (
             f"{checkpoint.format.value}, {len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}, "
@@ -263,14 +280,15 @@ def _header_lines(checkpoint: Checkpoint) -> tuple[str, ...]:
     lines = [f"folder {checkpoint.root}"]
     lines += [f"{file.path.name}: {format_bytes(file.nbytes)}" for file in checkpoint.files]
     lines.append("config.json read" if checkpoint.config is not None else "no config.json")
+    if checkpoint.params is not None:
+        lines.append("params.json read: the tensors have the names of Meta's layout")
     if checkpoint.metadata:
         lines.append(f"metadata: {', '.join(list(checkpoint.metadata)[:6])}")
     return tuple(lines)
 
 
-def _with_config(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.format is Format.GGUF:
-        return replace(checkpoint, config=config_from_metadata(checkpoint))
+def _described(checkpoint: Checkpoint) -> Checkpoint:
+    checkpoint = with_config(checkpoint)
     if checkpoint.config is None:
         raise InvalidConfig(
             f"{checkpoint.root}: there is no config.json beside the weights, so no class can be chosen; add it, or "
@@ -282,7 +300,7 @@ def _with_config(checkpoint: Checkpoint) -> Checkpoint:
 def _set_in_motion(begun: Begun) -> None:
     request, checkpoint = begun.request, begun.checkpoint
     streamed = request.streaming.tensors if request.streaming is not None else frozenset()
-    total_bytes = sum(file.nbytes for file in checkpoint.files)
+    total_bytes = min(checkpoint.nbytes, sum(file.nbytes for file in checkpoint.files))
     total_bytes -= sum(checkpoint.tensors[name].nbytes for name in streamed if name in checkpoint.tensors)
     if total_bytes > _PREFAULT_SHARE * host_memory()[1]:
         return  # what comes in now would push out what came before

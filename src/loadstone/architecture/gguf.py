@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loadstone.architecture import keymap
 from loadstone.architecture.gguf_config import one_value
 from loadstone.architecture.gguf_families import DECODERS
 from loadstone.architecture.gguf_families_other import OTHERS
@@ -18,7 +19,7 @@ from loadstone.architecture.gguf_rules import Facts, Family, Fused, Names
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.errors import CheckpointMismatch, InvalidConfig, UnknownArchitecture
 
-__all__ = ["FAMILIES", "GgufTarget", "Part", "apply_layout", "config_from_metadata", "tensor_targets"]
+__all__ = ["FAMILIES", "GgufTarget", "Part", "apply_layout", "assignments_of", "config_from_metadata", "tensor_targets"]
 
 FAMILIES: dict[str, Family] = {**DECODERS, **OTHERS}
 
@@ -104,6 +105,21 @@ def tensor_targets(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[st
             unexpected=tuple(unknown),
         )
     return targets
+
+
+def assignments_of(checkpoint: Checkpoint, targets: Mapping[str, GgufTarget]) -> tuple[keymap.Assignment, ...]:
+    """The same by parameter: which tensors fill it, and how each is rearranged first.
+
+    Args:
+        checkpoint: what `read_gguf` gave.
+        targets: what `tensor_targets` found in it, or some of that.
+    """
+    parts: dict[str, list[keymap.Part]] = {}
+    for name, target in targets.items():
+        index = None if target.part is None else target.part.index
+        part = keymap.Part(source=name, shape=checkpoint.tensors[name].shape, index=index, layout=target.layout)
+        parts.setdefault(target.name, []).append(part)
+    return tuple(keymap.Assignment(target=fqn, parts=tuple(found)) for fqn, found in parts.items())
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Facts, Family]:

@@ -165,3 +165,29 @@ _UNDO: dict[type, Callable[[Any, Array], Array]] = {
     GroupHeads: _group_heads,
     Chain: _chain,
 }
+
+
+def computes(layout: Layout | None) -> bool:
+    """Whether undoing a layout computes new values, for which float32 is wanted, instead of only moving them."""
+    if isinstance(layout, Chain):
+        return any(computes(step) for step in layout.layouts)
+    return isinstance(layout, AddConstant | LogNegate)
+
+
+def shape_without(layout: Layout | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor once its layout is undone.
+
+    Args:
+        layout: the difference, or None.
+        shape: as the GGUF header gives it.
+    """
+    match layout:
+        case Transpose():
+            return (*shape[:-2], shape[-1], shape[-2])
+        case Unsqueeze() if len(shape) != layout.ndim:
+            dim = layout.dim % (len(shape) + 1)
+            return (*shape[:dim], 1, *shape[dim:])
+        case Chain():
+            for step in layout.layouts:
+                shape = shape_without(step, shape)
+    return shape

@@ -162,8 +162,8 @@ def _added_tokens(metadata: Metadata, tokens: list[str]) -> list[Json]:
     ]
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's characters for bytes: printable ones are themselves, others are moved behind U+0100."""
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's characters for bytes, by byte: printable ones are themselves, others are moved behind U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in alphabet]
@@ -180,7 +180,7 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> Json:
             f"give other tokens than the model was trained on. Known are {', '.join(sorted(PRE_TOKENIZERS))}. Take the "
             "tokenizer from the safetensors checkpoint of this model."
         )
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     spelled = frozenset(alphabet.values())
     types = metadata.get("tokenizer.ggml.token_type") or []
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -224,7 +224,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str]) -> Json:
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise InvalidHeader(f"tokenizer.ggml.scores must have one score for each of the {len(tokens)} tokens.")
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = metadata.get("tokenizer.ggml.merges") or _merges(vocab, scores)
+    merges = metadata.get("tokenizer.ggml.merges") or implied_merges(vocab, scores)
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     strip: Json = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     return {
@@ -257,7 +257,7 @@ def _gemma(metadata: Metadata, tokens: list[str]) -> Json:
     """Gemma's: runs of spaces are tokens, and the order of the vocabulary, not the scores, orders the merges."""
     spelled = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocab = {token: index for index, token in enumerate(spelled)}
-    merges = metadata.get("tokenizer.ggml.merges") or _merges(vocab, range(0, -len(tokens), -1))
+    merges = metadata.get("tokenizer.ggml.merges") or implied_merges(vocab, range(0, -len(tokens), -1))
     unknown = _unknown(metadata, tokens)
     added = _added_tokens(metadata, spelled)
     return {
@@ -269,8 +269,13 @@ def _gemma(metadata: Metadata, tokens: list[str]) -> Json:
     }
 
 
-def _merges(vocab: Mapping[str, int], scores: Iterable[float]) -> list[list[str]]:
-    """The merges that a vocabulary implies: each token from every two tokens it can be cut into, best score first."""
+def implied_merges(vocab: Mapping[str, int], scores: Iterable[float]) -> list[list[str]]:
+    """The merges that a vocabulary implies: each token from every two tokens it can be cut into, best score first.
+
+    Args:
+        vocab: ids by token.
+        scores: of the tokens, in their order.
+    """
     found = []
     for token, score in zip(vocab, scores, strict=False):
         if len(token) > _LONGEST_MERGED:

@@ -102,6 +102,12 @@ def _build_config(config: Mapping[str, Any], wanted: Wanted) -> tuple[Any, bool]
         config_class = mapping[model_type]
     elif remote is not None:
         config_class = _import_remote(remote, wanted)
+    elif model_type is None and "_class_name" in config:
+        name = config["_class_name"]
+        raise UnknownArchitecture(
+            f"{where}: {name} is a class of diffusers, which is not chosen by itself; import it and pass into={name} "
+            "and config= with its arguments."
+        )
     elif model_type is None:
         raise InvalidConfig(
             f'{where}: there is no "model_type", so no class can be chosen; add the model type that transformers uses '

@@ -10,8 +10,9 @@ from torch import nn
 
 from loadstone.architecture import transformers as bridge
 from loadstone.architecture.blueprint import Surroundings
-from loadstone.architecture.gguf import tensor_targets
-from loadstone.architecture.keymap import Assignment, KeyMap, Part
+from loadstone.architecture.gguf import assignments_of, tensor_targets
+from loadstone.architecture.keymap import KeyMap
+from loadstone.architecture.meta_llama import map_meta_keys
 from loadstone.architecture.skeleton import Slot, replace_tensors
 from loadstone.architecture.transformers_keymap import map_keys
 from loadstone.checkpoint.values import Checkpoint, Format
@@ -51,9 +52,11 @@ class TransformersModel:
         return {fqn: str(kept_dtype).removeprefix("torch.") for fqn, kept_dtype in kept.items()}
 
     def map_keys(self, module: nn.Module, around: Surroundings) -> KeyMap:
-        """transformers' conversion mapping, or the GGUF names."""
+        """transformers' conversion mapping, or the names of GGUF or of Meta's layout."""
         if around.checkpoint.format is Format.GGUF:
             return _gguf_keys(around.checkpoint, around.slots)
+        if around.checkpoint.params is not None:
+            return map_meta_keys(around.checkpoint, around.slots)
         return map_keys(module, around)
 
     def expected_missing(self, module: nn.Module, missing: set[str]) -> set[str]:
@@ -84,19 +87,11 @@ class TransformersModel:
 
 
 def _gguf_keys(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> KeyMap:
-    assignments: dict[str, list[Part]] = {}
-    unexpected = []
     targets = tensor_targets(checkpoint, checkpoint.config or {})
-    for name, target in targets.items():
-        if target.name not in slots:
-            unexpected.append(name)
-            continue
-        index = None if target.part is None else target.part.index
-        part = Part(source=name, shape=checkpoint.tensors[name].shape, index=index, layout=target.layout)
-        assignments.setdefault(target.name, []).append(part)
+    known = {name: target for name, target in targets.items() if target.name in slots}
     left_out = [name for name in checkpoint.tensors if name not in targets]
     return KeyMap(
-        assignments=tuple(Assignment(target=fqn, parts=tuple(parts)) for fqn, parts in assignments.items()),
-        unexpected=tuple(unexpected),
+        assignments=assignments_of(checkpoint, known),
+        unexpected=tuple(name for name in targets if name not in known),
         notes=(f"{len(left_out)} tensors are in the config instead: {', '.join(left_out[:3])}",) if left_out else (),
     )

@@ -11,8 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from loadstone.checkpoint.excerpt import Excerpt
 from loadstone.checkpoint.hub_cache import HubAccess, cached_snapshot
-from loadstone.checkpoint.layout import INDEX_SUFFIX, pick
+from loadstone.checkpoint.layout import is_index, pick
 from loadstone.checkpoint.sharded import read_index
 from loadstone.errors import DownloadFailed, LoadstoneError, NotACheckpoint, SourceNotFound
 from loadstone.events import BytesMoved, Observer
@@ -20,17 +21,18 @@ from loadstone.events import BytesMoved, Observer
 STAGE = "download"
 
 # What a model needs beside its weights: configs, tokenizers, templates, licences.
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 _CODE_FILES = "*.py"
 
 
-def download(repo_id: str, access: HubAccess, observer: Observer) -> Path:
+def download(repo_id: str, access: HubAccess, observer: Observer, excerpt: Excerpt) -> Path:
     """Complete the cached snapshot of a model: its weights in one format, config and tokenizer.
 
     Args:
         repo_id: `org/name`.
         access: the revision, and how the hub is used; the model's Python files come only with `trust_remote_code`.
         observer: is told of the bytes that arrive, as stage `download`.
+        excerpt: the subfolder and the variant that are wanted.
 
     Returns:
         The folder of the snapshot.
@@ -48,7 +50,7 @@ def download(repo_id: str, access: HubAccess, observer: Observer) -> Path:
         )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         pinned = replace(access, revision=info.sha)
-        names = _wanted(repo_id, sizes, pinned)
+        names = _wanted(repo_id, sizes, pinned, excerpt)
         here = cached_snapshot(repo_id, pinned)
         total = sum(sizes.get(name, 0) for name in names if here is None or not (here / name).exists())
         folder = huggingface_hub.snapshot_download(
@@ -81,22 +83,25 @@ def _faults_named(repo_id: str, access: HubAccess) -> Iterator[None]:
         ) from error
 
 
-def _wanted(repo_id: str, sizes: dict[str, int], access: HubAccess) -> list[str]:
+def _wanted(repo_id: str, sizes: dict[str, int], access: HubAccess, excerpt: Excerpt) -> list[str]:
     """The names of the files to fetch; an index is fetched on the way to know its shards."""
     import huggingface_hub
 
-    names = [name for name in sizes if "/" not in name]
+    folder = f"{excerpt.subfolder.strip('/')}/" if excerpt.subfolder else ""
+    names = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
+    where = f"{repo_id}/{excerpt.subfolder}" if folder else repo_id
     try:
-        weights = list(pick(names, where=repo_id))
+        weights = list(pick(names, where=where, variant=excerpt.variant))
     except NotACheckpoint as error:
         raise NotACheckpoint(f"{error} On the hub: `hf download {repo_id} FILE` fetches one file.") from None
-    if weights[0].endswith(INDEX_SUFFIX):
+    if is_index(weights[0]):
         index = huggingface_hub.hf_hub_download(
-            repo_id, weights[0], revision=access.revision, cache_dir=access.cache_dir, token=access.token
+            repo_id, folder + weights[0], revision=access.revision, cache_dir=access.cache_dir, token=access.token
         )
         weights += read_index(Path(index)).shards
-    patterns = (*_SIDE_FILES, _CODE_FILES) if access.trust_remote_code else _SIDE_FILES
-    return weights + [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    patterns = (*SIDE_FILES, _CODE_FILES) if access.trust_remote_code else SIDE_FILES
+    beside = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)]
+    return [folder + name for name in (*weights, *beside)]
 
 
 def _progress_class(observer: Observer, total_bytes: int) -> type:

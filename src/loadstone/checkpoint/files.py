@@ -126,31 +126,32 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def parse_json_object(text: bytes, *, where: str, fault: Fault) -> dict[str, Any]:
+def parse_json_object(text: bytes, *, where: str, fault: Fault, advice: str = "download it again") -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no key twice, no nesting that exhausts the stack.
 
     Args:
         text: the bytes.
         where: what a message begins with: the file, and the part of it.
         fault: the error class to raise.
+        advice: what a message says to do.
     """
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise fault(f"{where}: expected UTF-8, found an invalid byte at {error.start}; download it again.") from None
+        raise fault(f"{where}: expected UTF-8, found an invalid byte at {error.start}; {advice}.") from None
     except _DuplicateKeyError as error:
-        raise fault(f"{where}: the key {error} stands there twice; expected each once. Write the file anew.") from None
+        raise fault(f"{where}: the key {error} stands there twice; expected each once; {advice}.") from None
     except RecursionError:
-        raise fault(f"{where}: the JSON is nested too deeply to be what it should be; download it again.") from None
+        raise fault(f"{where}: the JSON is nested too deeply to be what it should be; {advice}.") from None
     except ValueError as error:
-        raise fault(f"{where}: expected JSON, found what does not parse ({error}); download it again.") from None
+        raise fault(f"{where}: expected JSON, found what does not parse ({error}); {advice}.") from None
     if not isinstance(value, dict):
-        raise fault(f"{where}: expected a JSON object, found a {type(value).__name__}; download it again.")
+        raise fault(f"{where}: expected a JSON object, found a {type(value).__name__}; {advice}.")
     return value
 
 
-def read_json_object(path: Path, *, max_bytes: int, fault: Fault) -> dict[str, Any]:
-    """Read a file that holds one JSON object, of at most `max_bytes` bytes."""
+def read_json_object(path: Path, *, max_bytes: int, fault: Fault, advice: str = "download it again") -> dict[str, Any]:
+    """Read a file that holds one JSON object, of at most `max_bytes` bytes; `advice` is what a message says to do."""
     with open_regular(path) as file:
         if file.nbytes > max_bytes:
             raise fault(
@@ -160,7 +161,7 @@ def read_json_object(path: Path, *, max_bytes: int, fault: Fault) -> dict[str, A
         text = file.read(0, file.nbytes)
     if text.startswith(LFS_MAGIC):
         raise fault(lfs_message(path))
-    return parse_json_object(text, where=str(path), fault=fault)
+    return parse_json_object(text, where=str(path), fault=fault, advice=advice)
 
 
 def lfs_message(path: Path) -> str:

@@ -10,10 +10,9 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from loadstone.checkpoint.gguf_split import join_parts, part_paths
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.dtypes import GGML_BLOCKS, GGML_PLAIN, nbytes_of
-from loadstone.errors import InvalidHeader, MissingShard, SourceNotFound, TruncatedFile, UnsupportedFormat
+from loadstone.errors import InvalidHeader, SourceNotFound, TruncatedFile, UnsupportedFormat
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -35,7 +35,6 @@ MAX_STRING_BYTES = 1 << 24
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_DIMS = 4
 MAX_ARRAY_DEPTH = 4
-MAX_SPLITS = 9999
 FIRST_READ_BYTES = 1 << 20
 
 # Value types of metadata: struct format and numpy dtype of an element.
@@ -66,8 +65,6 @@ _LEAST_PAIR_BYTES, _LEAST_TENSOR_BYTES = 14, 24
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MAX_ROPE_FACTORS = 4096
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf")
-
 
 def read_gguf(path: Path) -> Checkpoint:
     """Read the header of a GGUF file, and of the other parts if it is one of several.
@@ -90,7 +87,7 @@ def read_gguf(path: Path) -> Checkpoint:
     num_parts = first.metadata.get("split.count", 1)
     if not isinstance(num_parts, int) or num_parts <= 1:
         return first
-    return _join([_read_part(part) for part in _part_paths(path, num_parts)])
+    return join_parts([_read_part(part) for part in part_paths(path, num_parts)])
 
 
 def _read_part(path: Path) -> Checkpoint:
@@ -346,37 +343,3 @@ def _read_rope_factors(header: _Header, tensors: Mapping[str, TensorInfo]) -> di
         header.file.seek(tensor.offset)
         factors[name] = np.frombuffer(header.file.read(tensor.nbytes), "<f4").tolist()
     return factors
-
-
-def _part_paths(path: Path, num_parts: int) -> list[Path]:
-    """The files of a split model, in order."""
-    named = _SPLIT_NAME.fullmatch(path.name)
-    if named is None or int(named["count"]) != num_parts or num_parts > MAX_SPLITS:
-        raise InvalidHeader(
-            f"{path}: the header says that it is one of {num_parts} parts, but its name does not end in "
-            f"-00001-of-{num_parts:05d}.gguf; give the parts the names that they were published under."
-        )
-    parts = [
-        path.with_name(f"{named['stem']}-{index:05d}-of-{num_parts:05d}.gguf") for index in range(1, num_parts + 1)
-    ]
-    missing = [part.name for part in parts if not part.exists()]
-    if missing:
-        raise MissingShard(
-            f"{path.parent}: {len(missing)} of {num_parts} parts are missing, the first is {missing[0]}; download them."
-        )
-    return parts
-
-
-def _join(parts: list[Checkpoint]) -> Checkpoint:
-    tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, Any] = {}
-    for part in parts:
-        for name, tensor in part.tensors.items():
-            if name in tensors:
-                raise InvalidHeader(
-                    f"{tensor.file}: tensor {name!r} is in {tensors[name].file.name} too; the parts belong to "
-                    "different models, download them again."
-                )
-            tensors[name] = tensor
-        metadata = {**part.metadata, **metadata}
-    return replace(parts[0], files=tuple(part.files[0] for part in parts), tensors=tensors, metadata=metadata)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loadstone.checkpoint.excerpt import Excerpt, excerpt_of
 from loadstone.checkpoint.files import LFS_MAGIC, lfs_message, open_regular, read_json_object
 from loadstone.checkpoint.hub_cache import HubAccess
-from loadstone.checkpoint.layout import Weights, weights_at, weights_in
+from loadstone.checkpoint.layout import META_NAME, PARAMS_NAME, Weights, weights_at, weights_in
+from loadstone.checkpoint.meta_ranks import are_ranks, join_ranks
 from loadstone.checkpoint.resolve import Source, resolve
 from loadstone.checkpoint.safetensors import MAX_HEADER_BYTES, read_safetensors
-from loadstone.checkpoint.sharded import check_present, honour
+from loadstone.checkpoint.sharded import Index, check_present, honour
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import InvalidConfig, InvalidHeader, NotACheckpoint, TruncatedFile, UnsupportedFormat
 from loadstone.events import Observer, ignore
@@ -29,10 +31,10 @@ _PICKLE_MAGICS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contents:
-    """What one weight file holds."""
+    """What one weight file holds, or the parts of a split one together."""
 
     format: Format
-    file: CheckpointFile
+    files: tuple[CheckpointFile, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
@@ -46,6 +48,7 @@ def open_checkpoint(
     local_files_only: bool = False,
     hub: HubAccess | None = None,
     observer: Observer = ignore,
+    excerpt: Excerpt | None = None,
 ) -> Checkpoint:
     """Read the headers of a checkpoint.
 
@@ -55,6 +58,7 @@ def open_checkpoint(
         local_files_only: never ask the network.
         hub: token, cache folder and what may be downloaded, where it is not the usual.
         observer: is told of downloaded bytes.
+        excerpt: which subfolder, which variant, and which of the tensors.
 
     Returns:
         Its tensors, metadata and config; no byte of a tensor has been read.
@@ -65,44 +69,70 @@ def open_checkpoint(
         InvalidConfig: config.json or generation_config.json is not a JSON object.
     """
     access = replace(hub or HubAccess(), revision=revision, local_files_only=local_files_only)
-    resolved = resolve(source, access, observer)
+    excerpt = excerpt or Excerpt()
+    resolved = resolve(source, access, observer, excerpt)
     if resolved.files is None:
-        weights = weights_in(resolved.root)
+        weights = weights_in(resolved.root, excerpt.variant)
     elif len(resolved.files) == 1:
         weights = weights_at(resolved.files[0])
     else:
         weights = Weights(files=resolved.files)
-    return _assemble(resolved.root, weights)
+    return excerpt_of(_assemble(resolved.root, weights), excerpt)
 
 
 def _assemble(root: Path, weights: Weights) -> Checkpoint:
     index = weights.index
     if index:
         check_present(index)
-    contents = [_read(path) for path in weights.files]
+    contents = _read_all(weights.files)
     format_ = _same_format(contents)
+    tensors, ignored = _tensors(contents, index)
+    metadata = {key: value for content in contents for key, value in content.metadata.items()}
+    metadata.update(index.metadata if index else {})
+    implied = next((content.config for content in contents if content.config is not None), None)
+    return Checkpoint(
+        format=format_,
+        root=root,
+        files=tuple(file for content in contents for file in content.files),
+        tensors=tensors,
+        metadata=metadata,
+        # A GGUF file describes itself; the config.json beside one is often a stub that only names the family.
+        config=implied if implied is not None else _json(root / "config.json"),
+        generation_config=_json(root / "generation_config.json"),
+        params=_json(root / PARAMS_NAME) if _has_meta_names(weights, tensors) else None,
+        notes=_notes(contents, ignored),
+    )
+
+
+def _has_meta_names(weights: Weights, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether params.json beside the files is what describes them."""
+    named = any(META_NAME.fullmatch(path.name) for path in weights.files)
+    return named and any(name.startswith("tok_embeddings.weight") for name in tensors)
+
+
+def _read_all(paths: Iterable[Path]) -> list[_Contents]:
+    contents: list[_Contents] = []
+    covered: set[Path] = set()
+    for path in paths:
+        # Any part of a split GGUF model leads to all of them.
+        if path not in covered:
+            contents.append(_read(path))
+            covered.update(file.path for file in contents[-1].files)
+    return contents
+
+
+def _tensors(contents: list[_Contents], index: Index | None) -> tuple[dict[str, TensorInfo], int]:
+    """All tensors by name, and how many the index leaves out."""
+    if index is None and are_ranks([content.files[0].path for content in contents]):
+        return join_ranks([content.tensors for content in contents]), 0
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, Any] = {}
     ignored = 0
     for content, shard in zip(contents, index.shards if index else [""] * len(contents), strict=True):
         kept = honour(index, shard, content.tensors) if index else content.tensors
         ignored += len(content.tensors) - len(kept)
         _check_no_repeat(tensors, kept)
         tensors.update(kept)
-        metadata.update(content.metadata)
-    metadata.update(index.metadata if index else {})
-    implied = next((content.config for content in contents if content.config is not None), None)
-    return Checkpoint(
-        format=format_,
-        root=root,
-        files=tuple(content.file for content in contents),
-        tensors=tensors,
-        metadata=metadata,
-        # A GGUF file describes itself; the config.json beside one is often a stub that only names the family.
-        config=implied if implied is not None else _json(root / "config.json"),
-        generation_config=_json(root / "generation_config.json"),
-        notes=_notes(contents, ignored),
-    )
+    return tensors, ignored
 
 
 def _notes(contents: Iterable[_Contents], ignored: int) -> tuple[str, ...]:
@@ -117,7 +147,7 @@ def _same_format(contents: list[_Contents]) -> Format:
         if content.format is not contents[0].format:
             first = contents[0]
             raise UnsupportedFormat(
-                f"{content.file.path}: expected {first.format.value} as in {first.file.path}, found "
+                f"{content.files[0].path}: expected {first.format.value} as in {first.files[0].path}, found "
                 f"{content.format.value}; pass files of one format."
             )
     return contents[0].format
@@ -167,14 +197,14 @@ def _format_of(path: Path, head: bytes) -> Format:
 
 def _read_safetensors(file: CheckpointFile) -> _Contents:
     tensors, metadata = read_safetensors(file.path)
-    return _Contents(format=Format.SAFETENSORS, file=file, tensors=tensors, metadata=metadata)
+    return _Contents(format=Format.SAFETENSORS, files=(file,), tensors=tensors, metadata=metadata)
 
 
 def _read_torch_pickle(file: CheckpointFile) -> _Contents:
     from loadstone.checkpoint.torch_pickle import read_torch_pickle
 
     tensors, notes = read_torch_pickle(file.path)
-    return _Contents(format=Format.TORCH_PICKLE, file=file, tensors=tensors, notes=notes)
+    return _Contents(format=Format.TORCH_PICKLE, files=(file,), tensors=tensors, notes=notes)
 
 
 def _read_gguf(file: CheckpointFile) -> _Contents:
@@ -183,7 +213,7 @@ def _read_gguf(file: CheckpointFile) -> _Contents:
     found = read_gguf(file.path)
     return _Contents(
         format=Format.GGUF,
-        file=file,
+        files=found.files,
         tensors=found.tensors,
         metadata=found.metadata,
         config=found.config,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loadstone.checkpoint.excerpt import Excerpt
 from loadstone.checkpoint.hub_cache import HubAccess, cache_root, cached_snapshot, local_path
-from loadstone.checkpoint.layout import missing_in
+from loadstone.checkpoint.layout import below, components, missing_in
 from loadstone.errors import SourceNotFound
 from loadstone.events import Observer, ignore
 
@@ -34,23 +35,49 @@ class Resolved:
     revision: str | None = None
 
 
-def resolve(source: Source, access: HubAccess | None = None, observer: Observer = ignore) -> Resolved:
+def resolve(
+    source: Source, access: HubAccess | None = None, observer: Observer = ignore, excerpt: Excerpt | None = None
+) -> Resolved:
     """Find the files of a source; the network is asked only for what is not on this machine.
+
+    Args:
+        source: what the user named.
+        access: how the hub is used.
+        observer: is told of downloaded bytes.
+        excerpt: the subfolder and the variant that are meant.
 
     Raises:
         SourceNotFound: no such path, and no such model in the cache or on the hub.
         DownloadFailed: the hub did not give what is missing.
-        ValueError: an empty list.
+        ValueError: an empty list, or a subfolder or variant of what is no folder.
     """
+    excerpt = excerpt or Excerpt()
     if isinstance(source, list | tuple):
-        return _resolve_list(source)
+        return _inside(_resolve_list(source), excerpt)
     path = local_path(source)
     if os.path.lexists(path):
-        return Resolved(root=path) if path.is_dir() else Resolved(root=path.parent, files=(path,))
+        named = Resolved(root=path) if path.is_dir() else Resolved(root=path.parent, files=(path,))
+        return _inside(named, excerpt)
     name = os.fspath(source)
     if isinstance(source, Path) or not _REPO_ID.fullmatch(name) or "--" in name or ".." in name:
         raise SourceNotFound(f"{name}: expected a file, a folder or a hub id such as org/name, found no such path.")
-    return _resolve_hub(name, access or HubAccess(), observer)
+    return _resolve_hub(name, access or HubAccess(), observer, excerpt)
+
+
+def _inside(resolved: Resolved, excerpt: Excerpt) -> Resolved:
+    """The subfolder of what was found, if one is meant."""
+    if resolved.files is not None:
+        for name in ("subfolder", "variant"):
+            if getattr(excerpt, name):
+                raise ValueError(f"{name}= chooses among the files of a folder or hub id; the source names files.")
+        return resolved
+    folder = resolved.root / excerpt.subfolder
+    if not folder.is_dir():
+        there = ", ".join(components(below(resolved.root))) or "none with weights"
+        raise SourceNotFound(
+            f"{resolved.root}: expected a subfolder {excerpt.subfolder!r}, found {there}; pass one that is there."
+        )
+    return replace(resolved, root=folder)
 
 
 def _resolve_list(source: list[str | Path] | tuple[str | Path, ...]) -> Resolved:
@@ -65,11 +92,11 @@ def _resolve_list(source: list[str | Path] | tuple[str | Path, ...]) -> Resolved
     return Resolved(root=files[0].parent, files=files)
 
 
-def _resolve_hub(repo_id: str, access: HubAccess, observer: Observer) -> Resolved:
+def _resolve_hub(repo_id: str, access: HubAccess, observer: Observer, excerpt: Excerpt) -> Resolved:
     snapshot = cached_snapshot(repo_id, access)
-    missing = missing_in(snapshot) if snapshot else ("every file",)
+    missing = missing_in(snapshot / excerpt.subfolder, excerpt.variant) if snapshot else ("every file",)
     if snapshot and not missing:
-        return Resolved(root=snapshot, revision=snapshot.name)
+        return Resolved(root=snapshot / excerpt.subfolder, revision=snapshot.name)
     if access.local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
         why = "local_files_only" if access.local_files_only else "HF_HUB_OFFLINE"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -79,5 +106,5 @@ def _resolve_hub(repo_id: str, access: HubAccess, observer: Observer) -> Resolve
         )
     from loadstone.checkpoint.download import download
 
-    root = download(repo_id, access, observer)
-    return Resolved(root=root, revision=root.name)
+    root = download(repo_id, access, observer, excerpt)
+    return Resolved(root=root / excerpt.subfolder, revision=root.name)

@@ -27,6 +27,7 @@ STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
     "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
 
@@ -125,10 +126,26 @@ _CONSTRUCTORS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
 _CONSTRUCTORS |= {
     ("builtins", name): lambda _: SKIPPED for name in ("bytearray", "complex", "float", "int", "list", "set")
 }
+# What trainers keep beside the weights: settings, the best loss so far.
+_CONSTRUCTORS |= {
+    ("argparse", "Namespace"): lambda _: SKIPPED,
+    ("pytorch_lightning.utilities.parsing", "AttributeDict"): lambda _: {},
+    ("lightning.fabric.utilities.data", "AttributeDict"): lambda _: {},
+    ("lightning_fabric.utilities.data", "AttributeDict"): lambda _: {},
+    ("numpy", "dtype"): lambda _: SKIPPED,
+    ("numpy.core.multiarray", "scalar"): lambda _: SKIPPED,
+    ("numpy._core.multiarray", "scalar"): lambda _: SKIPPED,
+}
 _CONSTRUCTORS |= {("__builtin__", name): run for (module, name), run in _CONSTRUCTORS.items() if module == "builtins"}
 
 # Names that are values, not functions.
 _VALUES = {("torch", "Tensor"), ("torch", "strided"), ("torch", "contiguous_format"), ("torch", "preserve_format")}
+# Old versions of Lightning keep the state of a callback under its class: a key that is no text, and dropped as such.
+# Source: https://github.com/Lightning-AI/pytorch-lightning/blob/1.4.0/pytorch_lightning/trainer/callback_hook.py
+_VALUES |= {
+    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+    ("pytorch_lightning.callbacks.early_stopping", "EarlyStopping"),
+}
 _STORAGE_MODULES = {"torch", "torch.cuda", "torch.storage"}
 
 

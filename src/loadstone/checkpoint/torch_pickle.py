@@ -189,18 +189,18 @@ def _state_dict(path: Path, root: Any) -> tuple[dict[str, TensorRef], tuple[str,
             raise NotACheckpoint(
                 f"{path}: expected a dictionary of tensors, found a single {_kind(root)}; save a state_dict."
             )
-        tensors = {name: value for name, value in root.items() if type(value) is TensorRef}
-        left_out = [name for name in root if name not in tensors]
-        if tensors:
+        wrapper = next((name for name in WRAPPERS if _holds_tensors(root.get(name))), None)
+        if wrapper is None:
+            tensors = {name: value for name, value in root.items() if type(value) is TensorRef}
+            left_out = [name for name in root if name not in tensors]
+            if not tensors:
+                break
             if left_out:
                 notes.append(
                     f"{path.name}: {len(left_out)} entries are no tensors and were left out: {_names(left_out)}"
                 )
             return tensors, tuple(notes)
-        wrapper = next((name for name in WRAPPERS if isinstance(root.get(name), dict)), None)
-        if wrapper is None:
-            break
-        beside = [name for name in left_out if name != wrapper]
+        beside = [name for name in root if name != wrapper]
         notes.append(
             f"{path.name}: the tensors lie under {wrapper!r}"
             + (f"; left out beside it: {_names(beside)}" if beside else "")
@@ -210,6 +210,17 @@ def _state_dict(path: Path, root: Any) -> tuple[dict[str, TensorRef], tuple[str,
         f"{path}: expected tensors by name, or a dictionary of them under {', '.join(WRAPPERS)}; found "
         f"{_names(list(root)) or 'an empty dictionary'}; save the state_dict alone."
     )
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether this is a dictionary of tensors, or wraps one; a counter that is a tensor may lie beside the wrapper."""
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(value, dict):
+            return False
+        if any(type(item) is TensorRef for item in value.values()):
+            return True
+        value = next((value[name] for name in WRAPPERS if isinstance(value.get(name), dict)), None)
+    return False
 
 
 def _names(names: list[str]) -> str:
@@ -227,8 +238,9 @@ def _tensor_info(path: Path, name: str, tensor: TensorRef, locations: Mapping[st
     if location is None:
         raise InvalidHeader(f"{path}, tensor {name!r}: expected its storage in the file, found none; {_AGAIN}")
     itemsize = DTYPES[tensor.dtype].bits // 8
-    begin = storage.offset * DTYPES[storage.dtype].bits // 8 + tensor.offset * itemsize
     empty = 0 in tensor.shape
+    # torch counts on from the rows that a view of nothing leaves out.
+    begin = 0 if empty else storage.offset * DTYPES[storage.dtype].bits // 8 + tensor.offset * itemsize
     extent = 0 if empty else 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
     nbytes = extent * itemsize
     if begin + nbytes > location.nbytes:

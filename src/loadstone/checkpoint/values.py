@@ -99,6 +99,7 @@ class Checkpoint:
         metadata: what the headers say beside tensors; for GGUF all key-value pairs.
         config: the parsed config.json, or the one implied by GGUF metadata; None where there is none.
         generation_config: the parsed generation_config.json, if any.
+        params: the parsed params.json, where the tensors have the names of Meta's layout.
         notes: what was noticed while opening, for the report.
     """
 
@@ -109,6 +110,7 @@ class Checkpoint:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     generation_config: Mapping[str, Any] | None = None
+    params: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from loadstone.cli import inspect_command, load_command, run_command
+from loadstone.cli import convert_command, inspect_command, load_command, machine_command, run_command
 from loadstone.errors import LoadstoneError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("inspect", epilog=inspect_command.EPILOG)(inspect_command.inspect_command)
 app.command("load", epilog=load_command.EPILOG)(load_command.load_command)
 app.command("run", epilog=run_command.EPILOG)(run_command.run_command)
+app.command("convert", epilog=convert_command.EPILOG)(convert_command.convert_command)
+app.command("machine", epilog=machine_command.EPILOG)(machine_command.machine_command)
 
 
 def _version(value: bool) -> None:

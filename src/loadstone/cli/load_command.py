@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loadstone.cli import options
-from loadstone.cli.loading import LoadOptions, load_model, with_load_options
+from loadstone.cli.loading import LoadOptions, load_model, with_options
 from loadstone.cli.progress import shown
 
 if TYPE_CHECKING:
@@ -18,10 +18,12 @@ EPILOG = """[bold]Examples[/bold]
 loadstone load ./Qwen2.5-7B-Instruct
 
 loadstone load model.gguf --dtype bfloat16 --json
+
+loadstone load ./stable-diffusion-3.5-medium --subfolder text_encoder --variant fp16
 """
 
 
-@with_load_options
+@with_options
 def load_command(
     source: options.SourceOrDemo = None,
     *,

@@ -18,39 +18,56 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
+class SourceOptions:
+    """The options of every command that opens a checkpoint; see `loadstone.inspect`."""
+
+    revision: options.Revision = None
+    subfolder: options.Subfolder = None
+    variant: options.Variant = None
+    prefix: options.Prefix = None
+    select: options.SelectOption = None
+    local_files_only: options.LocalOnly = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions(SourceOptions):
     """The options of every command that loads; see `loadstone.load`."""
 
     architecture: options.Architecture = None
     dtype: options.Dtype = None
     device: options.DeviceOption = None
     attn_implementation: options.Attention = None
-    revision: options.Revision = None
-    local_files_only: options.LocalOnly = False
     trust_remote_code: options.TrustRemoteCode = False
     no_strict: options.NotStrict = False
 
+    @classmethod
+    def of(cls, wanted: SourceOptions) -> LoadOptions:
+        """The source that is wanted, loaded as by default."""
+        return cls(**{field.name: getattr(wanted, field.name) for field in fields(SourceOptions)})
 
-def with_load_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `LoadOptions` in the place of its parameter `wanted`.
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of a dataclass in the place of its parameter `wanted`, which is annotated with it.
 
     Typer reads a command's options from its signature, so that is what is rewritten.
     """
-    hints = get_type_hints(LoadOptions, include_extras=True)
+    declared = inspect.signature(command, eval_str=True).parameters
+    kind: type[SourceOptions] = declared["wanted"].annotation
+    hints = get_type_hints(kind, include_extras=True)
     shared = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
-        for field in fields(LoadOptions)
+        for field in fields(kind)
     ]
 
     @functools.wraps(command)
     def flat(**values: Any) -> None:
-        wanted = LoadOptions(**{field.name: values.pop(field.name) for field in fields(LoadOptions)})
+        wanted = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         command(wanted=wanted, **values)
 
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+    for parameter in declared.values():
         if parameter.name == "wanted":
             parameters.extend(shared)
         else:
@@ -81,6 +98,10 @@ def load_model(source: str | None, wanted: LoadOptions, observer: Observer) -> t
         device=wanted.device,
         attn_implementation=wanted.attn_implementation,
         revision=wanted.revision,
+        subfolder=wanted.subfolder,
+        variant=wanted.variant,
+        prefix=wanted.prefix,
+        select=wanted.select or None,
         local_files_only=wanted.local_files_only,
         trust_remote_code=wanted.trust_remote_code,
         strict=not wanted.no_strict,

@@ -23,6 +23,17 @@ Dtype = Annotated[
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda:0, mps; chosen for you by default.")]
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")]
 Revision = Annotated[str | None, typer.Option(help="The branch, tag or commit of a hub id.")]
+Subfolder = Annotated[
+    str | None, typer.Option(help="A folder inside the source, such as a component of a diffusers pipeline.")
+]
+Variant = Annotated[str | None, typer.Option(help="The fp16 of files named model.fp16.safetensors.")]
+Prefix = Annotated[
+    str | None, typer.Option(help="Only the tensors whose names begin with it, without it: one model of several.")
+]
+SelectOption = Annotated[
+    list[str] | None,
+    typer.Option("--select", help="Only tensors whose names match this shell pattern; may be given several times."),
+]
 LocalOnly = Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings. Read it first.")

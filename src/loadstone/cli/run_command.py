@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from loadstone.cli import options
-from loadstone.cli.loading import LoadOptions, load_model, with_load_options
+from loadstone.cli.loading import LoadOptions, load_model, with_options
 from loadstone.cli.progress import shown
 from loadstone.execute.values import Generated, Prompt, Sampling
 from loadstone.units import format_bytes, format_seconds
@@ -26,7 +26,7 @@ git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message 
 _DEMO_NAMES = (None, "demo")
 
 
-@with_load_options
+@with_options
 def run_command(
     source: options.SourceOrDemo = None,
     prompt: Annotated[
@@ -61,6 +61,7 @@ def run_command(
                 path,
                 local_files_only=True,
                 revision=wanted.revision,
+                subfolder=wanted.subfolder,
                 trust_remote_code=wanted.trust_remote_code,
             )
         from loadstone.execute.generate import generate

@@ -3,86 +3,185 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import mmap
 import os
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from loadstone.hardware.measured import (
+    MeasuredDevice,
+    known_rates,
+    remember_devices,
+    remember_rates,
+    with_measures,
+)
 from loadstone.hardware.memory import num_cores
-from loadstone.hardware.spec import Rates
+from loadstone.hardware.spec import Device, Machine, Rates
+from loadstone.hardware.storage import existing_parent
 
 _CHUNK_BYTES = 4 << 20
 _DISK_BYTES = 256 << 20
 _MEMORY_BYTES = 256 << 20
 _DISK_THREADS = 8
+_AT_MOST_S = 0.8  # for writing a sample, and for reading from a slow disk
+
+_log = logging.getLogger("loadstone.hardware")
+
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def measure(path: Path, cache: Path) -> Rates:
     """The rates of this machine and of the disk under `path`, from the cache where they were measured before.
 
-    Takes about half a second the first time.
+    Takes about a second the first time.
 
     Args:
         path: a weight file, some 100 MB or more for the disk's rate to mean something.
         cache: the folder that keeps what was measured.
     """
-    known = cached(path, cache)
+    known = known_rates(path, cache)
     if known is not None:
         return known
-    rates = Rates(
-        disk_bytes_per_s=_disk_rate(path), copy_bytes_per_s=_memory_rate(1), touch_bytes_per_s=_memory_rate(0)
-    )
-    file = _cache_file(path, cache)
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next measurement
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(rates)))
-        temporary.replace(file)
+    rates = measure_rates(path)
+    remember_rates(rates, path, cache)
     return rates
 
 
-def cached(path: Path, cache: Path) -> Rates | None:
-    """What was measured before for the disk under `path`."""
+def measure_rates(path: Path | None) -> Rates:
+    """The same, measured now; without a file only the memory's."""
+    return Rates(
+        disk_bytes_per_s=_read_rate(path, os.O_RDONLY | _DIRECT, _DISK_THREADS) if path and _DIRECT else None,
+        cached_bytes_per_s=None if path is None else _cached_rate(path),
+        copy_bytes_per_s=_memory_rate(1),
+        touch_bytes_per_s=_memory_rate(0),
+    )
+
+
+def measure_machine(machine: Machine, folder: Path, cache: Path) -> Machine:
+    """Measure all that a plan needs, in a few seconds, and keep it for later plans.
+
+    Args:
+        machine: as `probe` found it.
+        folder: the folder (or file) whose disk is measured; a sample is written to it for the while, if it has no large
+            file.
+        cache: the folder that keeps what was measured.
+
+    Returns:
+        The machine with its rates.
+    """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > machine.num_cores:
+        _log.warning(
+            "other programs keep this machine busy (load %.1f on %d cores), so the rates are what they leave; measure "
+            "again when it is quiet",
+            busy,
+            machine.num_cores,
+        )
+    with _sample(folder) as path:
+        rates = measure_rates(path)
+    if path is not None:  # half of it should not stand for all of it later
+        remember_rates(rates, folder, cache)
+    measures = {device.id: _measure_device(device) for device in machine.devices}
+    remember_devices(machine, measures, cache)
+    return with_measures(replace(machine, rates=rates), measures)
+
+
+def _measure_device(device: Device) -> MeasuredDevice:
+    from loadstone.hardware import measure_compute  # it imports torch
+
     try:
-        return Rates(**json.loads(_cache_file(path, cache).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+        link = None if device.kind == "cpu" else measure_compute.measure_link(device)
+        return MeasuredDevice(compute=measure_compute.measure_compute(device), link_bytes_per_s=link)
+    except RuntimeError as error:  # torch's word for memory that is full, too
+        _log.warning("%s was not measured, free its memory and try again: %s", device.id, error)
+        return MeasuredDevice()
 
 
-def _cache_file(path: Path, cache: Path) -> Path:
-    return cache / "rates" / f"{path.stat().st_dev}-{num_cores()}.json"
+@contextlib.contextmanager
+def _sample(folder: Path) -> Iterator[Path | None]:
+    """A file to read: the largest of the folder, or one that is written there and taken away; None if it cannot be."""
+    if folder.is_file():
+        yield folder
+        return
+    files = [path for path in folder.glob("*") if path.is_file()] if folder.is_dir() else []
+    largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    if largest is not None and largest.stat().st_size >= _DISK_BYTES:
+        yield largest
+        return
+    with contextlib.ExitStack() as stack:
+        path = None
+        try:
+            made = tempfile.TemporaryDirectory(dir=existing_parent(folder), prefix=".loadstone-")
+            path = Path(stack.enter_context(made)) / "sample"
+            _write_sample(path)
+        except OSError as error:
+            _log.warning("%s: its disk was not measured, name a model there with --model: %s", folder, error)
+            path = None
+        yield path
 
 
-def _disk_rate(path: Path) -> float | None:
-    """Direct reads (past the page cache) of the first 256 MB by eight threads; None where O_DIRECT is refused."""
+def _write_sample(path: Path) -> None:
+    """Bytes that do not compress, as many as the disk takes in the time."""
+    chunk = mmap.mmap(-1, _CHUNK_BYTES)  # page-aligned, as direct writes require
+    chunk.write(os.urandom(_CHUNK_BYTES))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_DSYNC if hasattr(os, "O_DSYNC") else os.O_WRONLY | os.O_CREAT
+    try:
+        descriptor = os.open(path, flags | _DIRECT, 0o600)
+    except OSError:  # tmpfs and some others take no direct writes
+        descriptor = os.open(path, flags, 0o600)
+    try:
+        end = time.perf_counter() + _AT_MOST_S
+        for _ in range(_DISK_BYTES // _CHUNK_BYTES):
+            os.write(descriptor, chunk)
+            if time.perf_counter() > end:
+                break
+    finally:
+        os.close(descriptor)
+
+
+def _cached_rate(path: Path) -> float | None:
+    """Reads out of the page cache into touched memory, all cores; the first pass fills the cache."""
+    _read_rate(path, os.O_RDONLY, num_cores())
+    return _read_rate(path, os.O_RDONLY, num_cores())
+
+
+def _read_rate(path: Path, flags: int, num_threads: int) -> float | None:
+    """Reads of the first 256 MB, or as much as the time allows; None where the file system refuses the flags."""
     nbytes = min(path.stat().st_size, _DISK_BYTES) // _CHUNK_BYTES * _CHUNK_BYTES
-    if nbytes == 0 or not hasattr(os, "O_DIRECT"):
-        return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        descriptor = os.open(path, flags)
     except OSError:
         return None
     offsets = iter(range(0, nbytes, _CHUNK_BYTES))
-    failed = []
+    done: list[int] = []
+    failed: list[OSError] = []
+    buffers = [mmap.mmap(-1, _CHUNK_BYTES) for _ in range(num_threads)]  # page-aligned, as direct reads require
+    for buffer in buffers:
+        buffer.write(bytes(_CHUNK_BYTES))
+    end = time.perf_counter() + _AT_MOST_S
 
-    def work() -> None:
-        buffer = mmap.mmap(-1, _CHUNK_BYTES)  # page-aligned, as direct reads require
-        for offset in offsets:
-            try:
-                os.preadv(descriptor, [buffer], offset)
-            except OSError as error:
-                failed.append(error)
-                return
+    def reading(buffer: mmap.mmap) -> Callable[[], None]:
+        def work() -> None:
+            for offset in offsets:
+                try:
+                    done.append(os.preadv(descriptor, [buffer], offset))
+                except OSError as error:
+                    failed.append(error)
+                if failed or time.perf_counter() > end:
+                    return
 
-    seconds = _timed([work] * _DISK_THREADS)
+        return work
+
+    seconds = _timed([reading(buffer) for buffer in buffers])
     os.close(descriptor)
-    return None if failed else nbytes / seconds
+    return sum(done) / seconds if done and not failed else None
 
 
 def _memory_rate(pass_number: int) -> float:

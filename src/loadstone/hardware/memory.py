@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from loadstone.hardware import cgroup
+from loadstone.hardware.spec import Limit
 
 _SAMPLE_S = 0.01
 _STATM = Path("/proc/self/statm")
-_CGROUP_FILE = Path("/proc/self/cgroup")
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,8 @@ def resident() -> ResidentBytes:
     try:
         _, total, file_backed, *_ = _STATM.read_bytes().split()
     except OSError:
+        import psutil
+
         return ResidentBytes(anonymous_bytes=psutil.Process().memory_info().rss, file_bytes=0)
     file_pages = int(file_backed)
     return ResidentBytes(
@@ -74,54 +80,78 @@ class PeakWatch:
         )
 
 
-def host_memory() -> tuple[int, int]:
-    """Total and free bytes that this process may use: the machine's, or its container's where that is less."""
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for limit, used in _cgroup_limits():
-        total, free = min(total, limit), min(free, max(0, limit - used))
+def host_memory(limits: Iterable[Limit] | None = None) -> tuple[int, int]:
+    """Total and free bytes that this process may use: the machine's, or what a limit leaves where that is less.
+
+    Args:
+        limits: those of `host_limits()`, where they were asked for already.
+    """
+    total, free = _machine_memory()
+    for limit in host_limits() if limits is None else limits:
+        total, free = min(total, limit.limit_bytes), min(free, limit.free_bytes)
     return total, free
 
 
-def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, use that cannot be reclaimed) in bytes of every group this process is in, outermost included."""
-    found = []
-    for folder, limit_name, usage_name in _cgroup_folders():
-        try:
-            text = (folder / limit_name).read_text().strip()
-            if text == "max":
-                continue
-            usage = int((folder / usage_name).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        # Page cache counts as use, but goes when memory is needed. (cgroup v1 has the `total_` names, v2 the others.)
-        cache = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))
-        found.append((int(text), max(0, usage - cache)))
-    return found
+def host_limits() -> tuple[Limit, ...]:
+    """What keeps this process below the memory of the machine: control groups, `ulimit`, strict overcommit."""
+    total, free = _machine_memory()
+    limits = (*cgroup.memory_limits(), *_process_limits(), *_commit_limit())
+    return tuple(limit for limit in limits if limit.limit_bytes < total or limit.free_bytes < free)
 
 
-def _cgroup_folders() -> list[tuple[Path, str, str]]:
-    folders = []
+def _machine_memory() -> tuple[int, int]:
+    meminfo = _table(_MEMINFO)
+    if {"MemTotal", "MemAvailable"} <= meminfo.keys():
+        return meminfo["MemTotal"], meminfo["MemAvailable"]
+    import psutil  # it takes longer to import than everything else here, and Linux does not need it
+
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def _process_limits() -> Iterator[Limit]:
+    """`ulimit`; what counts against it is address space, used or not. No kernel enforces RLIMIT_RSS today."""
+    status = _table(_STATUS)
+    if "VmSize" not in status:
+        return
+    import resource
+
+    for what, kind, used in (
+        ("ulimit -v", resource.RLIMIT_AS, status["VmSize"]),
+        ("ulimit -d", resource.RLIMIT_DATA, status.get("VmData", 0)),
+    ):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            yield Limit(what=what, limit_bytes=limit, used_bytes=used)
+
+
+def _commit_limit() -> Iterator[Limit]:
+    """With `vm.overcommit_memory = 2` the kernel refuses what it could not back at once."""
     try:
-        lines = _CGROUP_FILE.read_text().splitlines()
+        strict = _OVERCOMMIT.read_text().strip() == "2"
     except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = _CGROUP_ROOT, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base, names = _CGROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        while folder != base.parent:
-            folders.append((folder, *names))
-            folder = folder.parent
-    return folders
+        return
+    meminfo = _table(_MEMINFO) if strict else {}
+    if "CommitLimit" in meminfo:
+        yield Limit(
+            what="vm.overcommit_memory = 2",
+            limit_bytes=meminfo["CommitLimit"],
+            used_bytes=meminfo.get("Committed_AS", 0),
+        )
+
+
+def _table(path: Path) -> dict[str, int]:
+    """The lines `Name:  123 kB` of a file of /proc, in bytes."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    parts = (line.replace(":", " ").split() for line in lines)
+    return {words[0]: int(words[1]) * 1024 for words in parts if len(words) == 3 and words[2] == "kB"}
 
 
 def num_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may keep busy: those it is bound to, or the time its group gives it if that is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup.cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))

@@ -5,14 +5,15 @@ Asked of the kernel, never guessed from names of paths; where the kernel does no
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-_MOUNTINFO = Path("/proc/self/mountinfo")
+from loadstone.hardware.mounts import mounts
+from loadstone.hardware.spec import Disk
+
 _BLOCK_DEVICES = Path("/sys/dev/block")
 
 # File systems whose bytes come over a wire or out of another program. A page fault there is a round trip, and a map
@@ -79,25 +80,59 @@ def storages_of(paths: Iterable[Path]) -> dict[Path, Storage]:
     return found
 
 
+def disk_under(folder: Path) -> Disk | None:
+    """What a folder lies on, or will when it is made; None where that cannot be asked."""
+    try:
+        place = existing_parent(folder)
+        device = place.stat().st_dev
+        total, free = _space(place)
+    except OSError:
+        return None
+    file_system = _file_system(place, device)
+    return Disk(
+        path=folder,
+        file_system=file_system,
+        network=_NETWORK.fullmatch(file_system) is not None,
+        rotational=_rotational(device),
+        total_bytes=total,
+        free_bytes=free,
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    absolute = path.absolute()
+    for place in (absolute, *absolute.parents):
+        try:
+            place.stat()
+        except OSError:  # also of a folder that one may not look into
+            continue
+        return place
+    return Path(absolute.anchor)
+
+
+def _space(path: Path) -> tuple[int, int]:
+    """Total and free bytes of its file system, for this user."""
+    if hasattr(os, "statvfs"):
+        space = os.statvfs(path)
+        return space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+    import shutil  # it brings the compressors along, and Unix does not need it
+
+    usage = shutil.disk_usage(path)
+    return usage.total, usage.free
+
+
 def _file_system(path: Path, device: int) -> str:
     """The type of the mount that `path` lies under: by device number, or by the longest path (overlays, btrfs)."""
     number = f"{os.major(device)}:{os.minor(device)}"
     resolved = path.resolve()
     best, depth = "", -1
-    try:
-        lines = _MOUNTINFO.read_text().splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        fields, _, described = line.partition(" - ")
-        _, _, mounted, _, point, *_ = fields.split()
-        kind = described.split()[0]
-        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), point)
-        if mounted == number:
-            return kind
-        parts = len(Path(point).parts)
-        if parts > depth and resolved.is_relative_to(point):
-            best, depth = kind, parts
+    for mount in mounts():
+        if mount.number == number:
+            return mount.kind
+        parts = len(mount.point.parts)
+        if parts > depth and resolved.is_relative_to(mount.point):
+            best, depth = mount.kind, parts
     return best
 
 
@@ -114,6 +149,8 @@ def _rotational(device: int) -> bool | None:
 
 
 def _direct_alignment(path: Path) -> int | None:
+    import ctypes  # what only asks about disks does without, and starts sooner
+
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "statx"):
         return None

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.architecture.blocks import Block, group_blocks, tied_groups
 from loadstone.architecture.config import ConfigFact, explain
+from loadstone.checkpoint.layout import TOKENIZER_FILES
+from loadstone.checkpoint.pipeline import Pipeline
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _DIGITS = re.compile(r"\d+")
 _SHOWN_FILES = 8
 _SHOWN_TENSORS = 40
@@ -31,12 +32,14 @@ class Inspection:
         blocks: its tensors grouped, in execution order.
         facts: every field of the config, explained.
         remarks: what is tied, missing or worth knowing.
+        pipeline: what is inspected, if it is a diffusers pipeline.
     """
 
     checkpoint: Checkpoint
     blocks: tuple[Block, ...]
     facts: tuple[ConfigFact, ...]
     remarks: tuple[str, ...]
+    pipeline: Pipeline | None = None
 
     @property
     def bytes_by_dtype(self) -> dict[str, int]:
@@ -65,6 +68,23 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     )
 
 
+def inspect_pipeline(pipeline: Pipeline) -> Inspection:
+    """Show a diffusers pipeline: its components, and the tensors of all of them."""
+    checkpoint = pipeline.checkpoint
+    held = [component.name for component in pipeline.components if component.num_tensors]
+    return Inspection(
+        checkpoint=checkpoint,
+        blocks=group_blocks(checkpoint.tensors),
+        facts=(),
+        remarks=(
+            f'A pipeline is loaded component by component: load(..., subfolder="{held[0]}"); {", ".join(held)} hold '
+            "weights.",
+            *checkpoint.notes,
+        ),
+        pipeline=pipeline,
+    )
+
+
 def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.config
     names = checkpoint.tensors
@@ -84,7 +104,7 @@ def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
     if config is None:
         yield "missing: no config.json beside the weights, so no class can be chosen"
     if checkpoint.format is not Format.GGUF:
-        if not any((checkpoint.root / name).exists() for name in _TOKENIZER_FILES):
+        if not any((checkpoint.root / name).exists() for name in TOKENIZER_FILES):
             yield "missing: no tokenizer file beside the weights"
         if config is not None and checkpoint.generation_config is None:
             yield "missing: no generation_config.json; generation uses the defaults of the config"
@@ -104,6 +124,9 @@ def to_json(inspection: Inspection) -> dict[str, Any]:
             "nbytes": checkpoint.nbytes,
             "nbytes_by_dtype": inspection.bytes_by_dtype,
         },
+        "components": [asdict(component) for component in inspection.pipeline.components]
+        if inspection.pipeline
+        else [],
         "blocks": [asdict(block) for block in inspection.blocks],
         "tensors": [_tensor_json(info) for info in checkpoint.tensors.values()],
         "config": [asdict(fact) for fact in inspection.facts],
@@ -142,6 +165,9 @@ def render(inspection: Inspection, console: Console) -> None:
     console.print(Text(_title(inspection), style="bold"))
     console.print(Text(_totals(inspection)))
     console.print()
+    if inspection.pipeline is not None:
+        console.print(_components_table(inspection.pipeline))
+        console.print()
     console.print(_files_table(checkpoint))
     console.print(Rule("blocks, in execution order", align="left", style="dim"))
     console.print(_blocks_table(inspection.blocks, checkpoint.tensors))
@@ -160,6 +186,8 @@ def render(inspection: Inspection, console: Console) -> None:
 
 def _title(inspection: Inspection) -> str:
     config = inspection.checkpoint.config or {}
+    if inspection.pipeline is not None:
+        return f"{inspection.pipeline.class_name} in {inspection.checkpoint.root}"
     classes = config.get("architectures") or [config.get("model_type") or "weights without a config"]
     return f"{classes[0]} in {inspection.checkpoint.root}"
 
@@ -184,6 +212,15 @@ def _table(*columns: tuple[str, dict[str, Any]]) -> Any:
 
 _RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 _NAME: dict[str, Any] = {"overflow": "fold"}
+
+
+def _components_table(pipeline: Pipeline) -> Any:
+    table = _table(("component", _NAME), ("class", _NAME), ("from", _NAME), ("tensors", _RIGHT), ("size", _RIGHT))
+    for component in pipeline.components:
+        size = format_bytes(component.nbytes) if component.num_tensors else "no weights"
+        count = f"{component.num_tensors:,}" if component.num_tensors else ""
+        table.add_row(component.name, component.class_name, component.library, count, size)
+    return table
 
 
 def _files_table(checkpoint: Checkpoint) -> Any:

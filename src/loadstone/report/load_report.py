@@ -12,6 +12,7 @@ from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.spec import Rates
 from loadstone.plan.choose import Choice
 from loadstone.plan.load_peak import LoadPeak
+from loadstone.report.machine import rates_line
 from loadstone.units import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ def _facts(report: LoadReport) -> Iterator[tuple[str, str]]:
     yield "attention", f"{report.attention.value}: {report.attention.reason}"
     yield "bytes", _bytes_line(report)
     if report.rates is not None:
-        yield "limits", _limits_line(report.rates)
+        measured = rates_line(report.rates)
+        yield "limits", f"measured here: {measured}" if measured else "not measured"
     yield (
         "memory",
         f"peak {format_bytes(report.peak.anonymous_bytes)} anonymous "
@@ -173,13 +175,3 @@ def _bytes_line(report: LoadReport) -> str:
     if report.read_bytes:
         parts.append(f"{format_bytes(report.read_bytes)} read and decoded at {format_rate(report.read_bytes_per_s)}")
     return ", ".join(parts) or "none"
-
-
-def _limits_line(rates: Rates) -> str:
-    figures = {
-        "disk": rates.disk_bytes_per_s,
-        "memory copy": rates.copy_bytes_per_s,
-        "first touch of memory": rates.touch_bytes_per_s,
-    }
-    known = [f"{name} {format_rate(rate)}" for name, rate in figures.items() if rate is not None]
-    return "measured here: " + ", ".join(known) if known else "not measured"

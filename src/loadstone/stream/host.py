@@ -12,21 +12,21 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
 from loadstone.errors import TruncatedFile
 from loadstone.events import Observer
 from loadstone.hardware.storage import storages_of
-from loadstone.stream.convert import Kernel, kernel_for
+from loadstone.stream.convert import Kernel, kernel_for, through
 from loadstone.stream.dequantize import dequantize
-from loadstone.stream.memory import PAGE_BYTES, TOUCH_BYTES, Arena, Bytes, Toucher, map_file
+from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.read import Batch, Fill, Reader
 
 _BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
+# A gap between tensors that is shorter costs more to step over than to bring in.
+_WORTH_SKIPPING = 1 << 16
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
 
 
@@ -62,6 +62,28 @@ def is_mappable(info: TensorInfo, dtype: str) -> bool:
     return info.encoding is None and info.dtype == dtype and info.strides is None and info.is_aligned
 
 
+def stretches(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
+    """The parts of files that hold tensors, as (file, begin, end): what lies between them is not brought in.
+
+    A checkpoint of which a part is loaded, or one with optimizer states, has long stretches that nobody asks for.
+    """
+    places: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        if info.nbytes:
+            places.setdefault(info.file, []).append((info.offset, info.offset + info.nbytes))
+    found: list[tuple[Path, int, int]] = []
+    for path, spans in places.items():
+        spans.sort()
+        start, stop = spans[0]
+        for begin, end in spans:
+            if begin - stop > _WORTH_SKIPPING:
+                found.append((path, start, stop))
+                start = begin
+            stop = max(stop, end)
+        found.append((path, start, stop))
+    return found
+
+
 def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = True) -> Fill | None:
     """How to read a tensor into `destination` as `dtype`.
 
@@ -69,7 +91,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = 
         info: the tensor.
         dtype: torch's name of the wanted dtype.
         destination: bytes, exactly as many as the tensor takes in that dtype.
-        fresh: they are zero and were never touched.
+        fresh: they are zeroed and were never touched.
 
     Returns:
         None where torch must do it: strided tensors, and casts that numpy does not have.
@@ -107,16 +129,14 @@ def _decoder(encoding: str, dtype: str) -> Kernel | None:
     cast = kernel_for("float32", dtype)
     if cast is None:
         return None
-    return _chain(to_float32, cast, _BLOCKS[encoding])
-
-
-def _chain(decode: Kernel, cast: Kernel, block: BlockFormat) -> Kernel:
-    def run(source: Bytes, destination: Bytes) -> None:
-        middle = np.empty(source.size // block.block_nbytes * block.block_numel * 4, np.uint8)
-        decode(source, middle)
-        cast(middle, destination)
-
-    return run
+    block = _BLOCKS[encoding]
+    return through(
+        to_float32,
+        cast,
+        source=block.block_nbytes,
+        middle=4 * block.block_numel,
+        destination=block.block_numel * DTYPES[dtype].bits // 8,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,18 +145,6 @@ class Decoded:
 
     dtype: str
     data: Bytes
-
-
-def _stretches(infos: Iterable[TensorInfo]) -> dict[Path, list[tuple[int, int]]]:
-    """Where tensors lie, from byte to byte, what is close together joined."""
-    found: dict[Path, list[tuple[int, int]]] = {}
-    for info in sorted(infos, key=lambda info: info.offset):
-        stretches, end = found.setdefault(info.file, []), info.offset + info.nbytes
-        if stretches and info.offset - stretches[-1][1] < PAGE_BYTES:
-            stretches[-1] = (stretches[-1][0], max(end, stretches[-1][1]))
-        else:
-            stretches.append((info.offset, end))
-    return found
 
 
 class Ahead:
@@ -184,6 +192,8 @@ class Ahead:
             dtype = wanted_dtype(info)
             if self.is_mappable(info, dtype) or not decode or info.name in skip or _EXPERT.search(info.name):
                 continue
+            if info.strides is not None:
+                continue
             # Tied tensors of torch pickles are the same bytes under several names.
             place = (info.file, info.offset, info.nbytes, dtype)
             if place not in places:
@@ -196,12 +206,13 @@ class Ahead:
             self.decoded[info.name] = places[place]
         decoded_files = {fill.file for fill in fills}
         self._batch = self.reader.submit(fills)
-        maps = {path: self.maps.whole(path) for path in mapped if path not in self._unmapped | decoded_files}
-        if maps:
-            only = _stretches(info for info in checkpoint.tensors.values() if info.name not in skip) if skip else None
-            self._prefault = Prefault(
-                maps, beside_imports="torch" not in sys.modules, observer=self.observer, only=only
-            )
+        ranges = [
+            (path, self.maps.whole(path)[begin:end])
+            for path, begin, end in stretches(info for info in checkpoint.tensors.values() if info.name not in skip)
+            if path not in self._unmapped | decoded_files
+        ]
+        if ranges:
+            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""

@@ -51,6 +51,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _check_dtype(info: TensorInfo) -> None:
+    if not hasattr(torch, info.dtype):
+        raise UnsupportedDtype(
+            f"{info.file}, tensor {info.name!r}: torch {torch.__version__} does not have its dtype {info.dtype}; a "
+            "newer torch may. Leave the tensor out with select=, or use another version of this checkpoint."
+        )
+
+
 def as_tensor(data: Bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     """A tensor over bytes that are kept alive by it; nothing is copied."""
     if data.size == 0:
@@ -88,6 +96,8 @@ class Materializer:
         later: list[tuple[Assignment, Target]] = []
         plan = self._send if self._link is not None else self._fill
         for assignment in keymap.assignments:
+            for part in assignment.parts:
+                _check_dtype(self._tensors[part.source])
             target = targets[assignment.target]
             if not plan(assignment, target, fills):
                 later.append((assignment, target))
@@ -140,6 +150,7 @@ class Materializer:
             dtype: cast to this dtype; None keeps the stored one (float32 for GGUF blocks).
         """
         info = self._tensors[name]
+        _check_dtype(info)
         dtype = dtype or info.dtype
         ready = self._ahead.decoded.get(name)
         if ready is not None and ready.dtype == dtype:

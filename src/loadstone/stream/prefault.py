@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loadstone.errors import TruncatedFile
@@ -31,35 +31,23 @@ class Prefault:
     """Background population of mapped bytes; harmless to abandon.
 
     Args:
-        maps: whole files, in the order they are wanted.
+        ranges: stretches of mapped files, in the order they are wanted.
         beside_imports: torch is being imported meanwhile.
         observer: is told about bytes.
-        only: the stretches of each file that are wanted, from byte to byte; by default all of it.
 
     Attributes:
         done_bytes: brought in so far.
         seconds: how long that took, what ran meanwhile included.
     """
 
-    def __init__(
-        self,
-        maps: Mapping[Path, Bytes],
-        *,
-        beside_imports: bool,
-        observer: Observer,
-        only: Mapping[Path, Sequence[tuple[int, int]]] | None = None,
-    ) -> None:
+    def __init__(self, ranges: Sequence[tuple[Path, Bytes]], *, beside_imports: bool, observer: Observer) -> None:
         self.done_bytes = 0
         self.seconds = 0.0
-        self._maps = {path: mapped for path, mapped in maps.items() if beside_imports or not is_cached(mapped)}
-        wanted = only if only is not None else {path: [(0, mapped.size)] for path, mapped in self._maps.items()}
-        self._stretches = [
-            (path, mapped[begin:end]) for path, mapped in self._maps.items() for begin, end in wanted.get(path, ())
-        ]
-        self._total_bytes = sum(stretch.size for _, stretch in self._stretches)
+        self._ranges = [(path, mapped) for path, mapped in ranges if beside_imports or not is_cached(mapped)]
+        self._total_bytes = sum(mapped.size for _, mapped in self._ranges)
         self._start = time.perf_counter()
         self._observer = observer
-        self._steps = _steps(self._stretches)
+        self._steps = _steps(self._ranges)
         self._cut_short: Path | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -68,7 +56,7 @@ class Prefault:
             threading.Thread(target=target, name=f"loadstone-prefault-{number}", daemon=True)
             for number, target in enumerate(work if beside_imports else [*work, self._read_ahead])
         ]
-        for thread in self._threads if self._maps else ():
+        for thread in self._threads if self._ranges else ():
             thread.start()
 
     def stop(self) -> None:
@@ -81,12 +69,12 @@ class Prefault:
         Raises:
             TruncatedFile: a file was cut short meanwhile.
         """
-        for thread in self._threads if self._maps else ():
+        for thread in self._threads if self._ranges else ():
             thread.join()
         if self._cut_short is not None:
             raise TruncatedFile(
-                f"{self._cut_short}: expected {self._maps[self._cut_short].size:,} bytes, as when it was opened, found "
-                "that it was cut short meanwhile; copy or download it again."
+                f"{self._cut_short}: expected the file as it was when it was opened, found that it was cut short "
+                "while it was loaded; copy or download it again."
             )
 
     def _work(self) -> None:
@@ -104,7 +92,7 @@ class Prefault:
             return None if self._stopped.is_set() else next(self._steps, None)
 
     def _read_ahead(self) -> None:
-        for _, stretch in _steps(self._stretches):
+        for _, stretch in _steps(self._ranges):
             if self._stopped.is_set():
                 return
             will_need(stretch)
@@ -118,7 +106,7 @@ class Prefault:
             self._observer(event)
 
 
-def _steps(stretches: Iterable[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:
-    for path, stretch in stretches:
-        for begin in range(0, stretch.size, TOUCH_BYTES):
-            yield path, stretch[begin : begin + TOUCH_BYTES]
+def _steps(ranges: Sequence[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:
+    for path, mapped in ranges:
+        for begin in range(0, mapped.size, TOUCH_BYTES):
+            yield path, mapped[begin : begin + TOUCH_BYTES]

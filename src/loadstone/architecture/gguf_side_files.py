@@ -1,0 +1,72 @@
+"""What a GGUF header describes beside the weights, as files: config, generation config, tokenizer; without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from loadstone.architecture.gguf_tokenizer import tokenizer_config, tokenizer_json
+from loadstone.checkpoint.side_files import CONFIG, GENERATION_CONFIG, json_text, with_dtype
+from loadstone.checkpoint.values import Checkpoint
+from loadstone.errors import InvalidHeader, UnsupportedFormat
+
+# The class that takes a tokenizer.json as it is; those of the model types put rules of their own in its place.
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# Fields that a config and a generation config both have, at the values that classes have them by default.
+_GENERATION_DEFAULTS = {"output_attentions": False, "output_hidden_states": False, "use_cache": True}
+# What a token or a merge takes on its way into tokenizer.json, as Python objects and as text; and what a token takes
+# whose merges are not in the file, so that each way to cut it is weighed.
+_ENTRY_BYTES = 256
+_CUT_TOKEN_BYTES = 4096
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a GGUF header describes a tokenizer."""
+    return "tokenizer.ggml.model" in checkpoint.metadata
+
+
+def vocabulary_bytes(checkpoint: Checkpoint) -> int:
+    """The most memory that making the files takes, by what the header holds."""
+    tokens, merges = (checkpoint.metadata.get(f"tokenizer.ggml.{name}") or () for name in ("tokens", "merges"))
+    return _ENTRY_BYTES * (len(tokens) + len(merges)) + (0 if merges else _CUT_TOKEN_BYTES * len(tokens))
+
+
+def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, bytes]]:
+    """Make the files, one after the other.
+
+    Args:
+        checkpoint: of a GGUF file, with its config.
+        dtype: torch's name of the dtype that the weights are loaded in.
+
+    Yields:
+        Name and content.
+
+    Raises:
+        UnsupportedFormat: a tokenizer that is not known.
+        InvalidHeader: a tokenizer that contradicts itself.
+    """
+    config = checkpoint.config or {}
+    yield CONFIG, json_text(with_dtype(config, dtype))
+    if str(config["architectures"][0]).endswith(_GENERATING):
+        yield GENERATION_CONFIG, json_text(checkpoint.generation_config or _generation_config(config))
+    if not has_tokenizer(checkpoint):
+        return
+    try:
+        content = json.dumps(tokenizer_json(checkpoint.metadata), ensure_ascii=False, separators=(",", ":"))
+        described = tokenizer_config(checkpoint.metadata)
+    except (InvalidHeader, UnsupportedFormat) as error:
+        raise type(error)(f"{checkpoint.files[0].path}: {error}") from error
+    yield "tokenizer.json", content.encode()
+    template = described.pop("chat_template", None)
+    if isinstance(template, str):
+        yield "chat_template.jinja", template.encode()
+    yield "tokenizer_config.json", json_text({**described, "tokenizer_class": _TOKENIZER_CLASS})
+
+
+def _generation_config(config: Any) -> dict[str, Any]:
+    """What transformers makes of a config where a checkpoint has none, marked as such."""
+    known = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+    return {"_from_model_config": True, **known, **_GENERATION_DEFAULTS}

@@ -1,0 +1,23 @@
+"""Configs that no config.json states: those of GGUF headers and of Meta's params.json."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loadstone.architecture.gguf import config_from_metadata
+from loadstone.architecture.meta_llama import config_from_params
+from loadstone.checkpoint.values import Checkpoint, Format
+
+
+def with_config(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the config that its own headers imply, in the words of config.json.
+
+    Raises:
+        ConfigError: what they say makes no config.
+        UnsupportedFormat: a variant that transformers' class has no room for.
+    """
+    if checkpoint.format is Format.GGUF:
+        return replace(checkpoint, config=config_from_metadata(checkpoint))
+    if checkpoint.config is None and checkpoint.params is not None:
+        return replace(checkpoint, config=config_from_params(checkpoint))
+    return checkpoint

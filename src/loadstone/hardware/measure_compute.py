@@ -1,0 +1,92 @@
+"""Measure what a device can do with weights: matrix products by dtype, and the way there from the host."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn.functional import linear
+
+from loadstone.hardware.spec import ComputeRate, Device
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_OUT, _IN = 2048, 8192  # a projection of a model of 7 B parameters or so
+_HOST_WEIGHT_BYTES = 256 << 20  # more than the caches hold
+_DEVICE_WEIGHT_BYTES = 1 << 30  # the largest last-level cache of a GPU has 256 MB
+_MANY_TOKENS = 512
+_REPEATS = 3
+_LINK_BYTES = 64 << 20
+_AT_MOST_S = 0.35  # for one figure
+
+
+def measure_compute(device: Device) -> Mapping[str, ComputeRate]:
+    """Rates of matrix products with weights of each dtype; a dtype the device does not have is left out.
+
+    Args:
+        device: a device of this machine. A quarter of what it has free is used at most.
+    """
+    limit = _HOST_WEIGHT_BYTES if device.kind == "cpu" else _DEVICE_WEIGHT_BYTES
+    nbytes = max(_OUT * _IN * 4, min(limit, device.free_bytes // 4))
+    # Bytes that are ordinary numbers in each dtype, neither the same throughout (a GPU saves power on those and runs
+    # faster than with weights) nor so small that the processor takes the slow way.
+    weights = torch.randint(0x34, 0x40, (_OUT * _IN,), dtype=torch.uint8, device=device.id)
+    weights = weights.repeat(nbytes // weights.numel())
+    found = {}
+    for name in _DTYPES:
+        try:
+            found[name] = _rate(weights.view(getattr(torch, name)).view(-1, _OUT, _IN))
+        except (RuntimeError, TypeError):  # how torch says that a device lacks a dtype
+            continue
+    del weights
+    release = getattr(torch.get_device_module(device.id), "empty_cache", None)
+    if release is not None:
+        release()
+    return found
+
+
+def _rate(matrices: torch.Tensor) -> ComputeRate:
+    """With one token, over all matrices in turn; and with many tokens, fewer where the device is slow."""
+
+    def apply(tokens: torch.Tensor, count: int) -> Callable[[], None]:
+        def work() -> None:
+            for matrix in matrices[:count]:
+                linear(tokens, matrix)
+
+        return work
+
+    with torch.inference_mode():
+        one = matrices.new_ones((1, _IN))
+        seconds = _median_s(apply(one, len(matrices)), matrices.device)
+        few = matrices.new_ones((_MANY_TOKENS // 16, _IN))
+        num_tokens = _MANY_TOKENS
+        if 16 * _timed(apply(few, 1), matrices.device) > _AT_MOST_S:
+            num_tokens //= 4
+        many_s = _median_s(apply(matrices.new_ones((num_tokens, _IN)), 1), matrices.device)
+    return ComputeRate(weight_bytes_per_s=matrices.nbytes / seconds, flops_per_s=2 * num_tokens * _OUT * _IN / many_s)
+
+
+def measure_link(device: Device) -> float:
+    """Bytes per second from page-locked host memory to an accelerator (from ordinary memory, where it is the same)."""
+    source = torch.ones(_LINK_BYTES, dtype=torch.uint8, pin_memory=device.kind != "mps")
+    target = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device.id)
+    return _LINK_BYTES / _median_s(lambda: target.copy_(source, non_blocking=True), target.device)
+
+
+def _median_s(work: Callable[[], object], device: torch.device) -> float:
+    """Of a few repeats after a first one that does not count, unless it took so long that it must do."""
+    first = _timed(work, device)
+    times: list[float] = []
+    while len(times) < _REPEATS and first + sum(times) < _AT_MOST_S:
+        times.append(_timed(work, device))
+    return statistics.median(times or [first])
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    wait = torch.get_device_module(device).synchronize
+    wait()
+    begin = time.perf_counter()
+    work()
+    wait()
+    return max(time.perf_counter() - begin, 1e-9)
