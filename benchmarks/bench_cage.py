@@ -81,15 +81,7 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     ):
         add(settings[field])
     writer.add_rope_dimension_count(64)
-    words = [*_WORDS, "ab"]
-    words += [f"<filler_{number}>" for number in range(len(words), int(str(settings["vocab_size"])))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    _add_vocabulary(writer, int(str(settings["vocab_size"])))
     for shard in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -102,6 +94,18 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_vocabulary(writer: Any, num_words: int) -> None:
+    words = [*_WORDS, "ab"]
+    words += [f"<filler_{number}>" for number in range(len(words), num_words)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 class Clock:
