@@ -43,6 +43,15 @@ def drop_caches() -> None:
     _DROP.write_text("3\n")
 
 
+def drop_files(paths: Iterable[Path]) -> None:
+    """Drop single files from the page cache, whatever else is in it."""
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def warm_caches(paths: Iterable[Path]) -> None:
     """Read files, so that they are in the page cache."""
     buffer = bytearray(8 << 20)

@@ -37,6 +37,28 @@ GEOMETRIES: dict[str, dict[str, object]] = {
         "bos_token_id": 151643,
         "eos_token_id": 151643,
     },
+    # https://huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0/blob/main/config.json
+    "tinyllama-1.1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32000,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     # The layout of https://huggingface.co/Qwen/Qwen3-30B-A3B (48 layers of 128 experts: 18,432 expert tensors),
     # made narrow so that only the number of tensors is large.
     "qwen3-moe-many-tensors": {

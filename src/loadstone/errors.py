@@ -26,6 +26,7 @@
     │   ├── DestinationBusy         another process is writing it
     │   └── DiskFull                the disk has no room for it
     ├── UnsupportedDtype            a dtype this torch or this conversion does not have
+    ├── StreamedModel               what was asked needs weights that are not kept in memory
     ├── DeviceUnavailable           the device asked for is not there
     ├── DoesNotFit                  no plan keeps within the memory allowed
     ├── InvalidPlan                 a plan that cannot be read, or is no longer true
@@ -161,6 +162,10 @@ class DiskFull(DestinationError):
 
 class UnsupportedDtype(LoadstoneError):
     """A dtype that this torch, or this conversion, does not have."""
+
+
+class StreamedModel(LoadstoneError):
+    """What was asked of a model needs weights that are there only while they are computed with."""
 
 
 class DeviceUnavailable(LoadstoneError):

@@ -113,3 +113,20 @@ def test_files_on_a_network_are_read_and_never_mapped(tmp_path: Path, monkeypatc
     assert not ahead.is_mappable(info(path), "bfloat16")
     assert ahead.decoded["a"].data.tolist() == list(range(8))
     ahead.close()
+
+
+def test_ahead_leaves_what_is_to_be_skipped_alone(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(bytes(3 * 100_000))
+    infos = [info(path, name=name, offset=100_000 * i, nbytes=100_000, shape=(50_000,)) for i, name in enumerate("abc")]
+    checkpoint = Checkpoint(
+        format=Format.SAFETENSORS,
+        root=tmp_path,
+        files=(CheckpointFile(path=path, nbytes=300_000),),
+        tensors={one.name: one for one in infos},
+    )
+    casting = Ahead(ignore)
+    casting.begin(checkpoint, lambda _: "float32", decode=True, skip={"b"})
+    casting.wait()
+    assert (set(casting.decoded), casting.read_bytes) == ({"a", "c"}, 200_000)
+    casting.close()

@@ -20,6 +20,8 @@ from loadstone.architecture.skeleton import Slot, slots_of
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
+from loadstone.execute.attach import Streamed, attach, choose_streamed
+from loadstone.execute.residency import Residency
 from loadstone.hardware.measured import known_rates
 from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.probe import probe
@@ -55,14 +57,29 @@ class _Told:
     notes: tuple[str, ...]
 
 
-def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """A model that is ready.
+
+    Attributes:
+        model: the module.
+        finish_report: makes the report once peak memory and time are known.
+        residency: what keeps the model running, where parts of it are streamed.
+    """
+
+    model: nn.Module
+    finish_report: FinishReport
+    residency: Residency | None
+
+
+def assemble(begun: Begun) -> Assembled:
     """Build the module and fill it.
 
     Args:
         begun: headers, choices, and the bytes that are under way.
 
     Returns:
-        The module, and what makes the report once peak memory and time are known.
+        The module, with what belongs to it.
     """
     recorder = begun.recorder
     blueprint = _blueprint(begun)
@@ -79,24 +96,56 @@ def assemble(begun: Begun) -> tuple[nn.Module, FinishReport]:
         told.text = _keymap_line(mapped.keymap, checkpoint)
         told.lines = _keymap_samples(mapped.keymap)
         notes = (*checkpoint.notes, *mapped.notes)
-        foretold = load_peak(mapped.keymap, checkpoint.tensors, mapped.targets, begun.ahead.is_mappable)
+        streamed = _streamed(begun, mapped, checkpoint)
+        resident = _without(mapped.keymap, streamed)
+        notes += tuple(streamed.notes)
+        foretold = load_peak(resident, checkpoint.tensors, mapped.targets, begun.ahead.is_mappable)
         if not mapped.keymap.conversions:  # what conversions make is known only when they have run
             notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
     with recorder.stage("tensors") as told:
-        made = materializer.run(mapped.keymap, mapped.targets)
-        blueprint.place(module, made.tensors)
+        made = materializer.run(resident, mapped.targets)
+        blueprint.place(module, {**made.tensors, **streamed.stand_ins})
         told.text = (
             f"{format_bytes(made.mapped_bytes)} mapped where they lie, {format_bytes(made.read_bytes)} read and decoded"
         )
         told.lines = tuple(_tensor_line(made, fqn) for fqn in islice(made.tensors, _SAMPLES))
     with recorder.stage("ties, buffers, eval") as told:
         if mapped.keymap.conversions:
-            notes += _check_missing(begun, blueprint, mapped, set(made.tensors))
-        missing = set(slots) - set(made.tensors)
+            notes += _check_missing(begun, blueprint, mapped, {*made.tensors, *streamed.stand_ins})
+        missing = set(slots) - {*made.tensors, *streamed.stand_ins}
         told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
-    return module, _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
+    residency = _attached(begun, module, streamed, checkpoint)
+    finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
+    return Assembled(model=module, finish_report=finish_report, residency=residency)
+
+
+def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
+    streaming = begun.request.streaming
+    if streaming is None:
+        return Streamed()
+    return choose_streamed(mapped.module, mapped.keymap, mapped.targets, checkpoint, streaming)
+
+
+def _without(keymap: KeyMap, streamed: Streamed) -> KeyMap:
+    kept = [assignment for assignment in keymap.assignments if assignment.target not in streamed.wanted]
+    return replace(keymap, assignments=tuple(kept))
+
+
+def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: Checkpoint) -> Residency | None:
+    """The residency of a model that is streamed, told as a stage."""
+    streaming = begun.request.streaming
+    if streaming is None or not streamed.wanted:
+        return None
+    with begun.recorder.stage("streaming") as told:
+        residency = attach(module, streamed, checkpoint, streaming.num_slots, begun.recorder.observer)
+        stats = residency.stats()
+        told.text = (
+            f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
+            f"of {format_bytes(stats.slot_bytes)} together"
+        )
+    return residency
 
 
 def _blueprint(begun: Begun) -> Blueprint:
@@ -147,7 +196,8 @@ def _described_in(begun: Begun) -> str:
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
-        device = choose_device(probe(), begun.request.device, nbytes)
+        wanted = begun.request.device if begun.request.streaming is None else "cpu"
+        device = choose_device(probe(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
 

@@ -25,6 +25,7 @@ from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.dtypes import DTYPES
 from loadstone.errors import InvalidConfig
 from loadstone.events import Observer, Recorder, ignore
+from loadstone.execute.values import Streaming
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
 from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, check_counts, choose_dtype
@@ -58,6 +59,7 @@ class Request:
     config: Mapping[str, Any] | None = None
     rename: RenameRules | None = None
     convert: Callable[..., Any] | None = None
+    streaming: Streaming | None = None
 
     @property
     def name(self) -> str:
@@ -177,20 +179,26 @@ def load(
         rename=rename,
         convert=convert,
     )
+    return carry_out(request, progress or ignore)
+
+
+def carry_out(request: Request, observer: Observer = ignore) -> nn.Module:
+    """Load what a request asks for; see `load`."""
     _check(request)
-    with PeakWatch() as watch, paused_gc(), _begun(request, progress or ignore) as begun:
+    with PeakWatch() as watch, paused_gc(), _begun(request, observer) as begun:
         with begun.recorder.stage("import") as told:
             from loadstone.api.assemble import assemble
 
             told.text = "torch and the model code, while the weights are on their way"
-        model, finish_report = assemble(begun)
+        made = assemble(begun)
         with begun.recorder.stage("page in") as told:
             begun.ahead.wait_for_pages()
             check_unchanged(begun.checkpoint.files)
             told.text = _paged_line(begun.ahead)
     import_files.learn(cache_folder())
-    remember(model, Loaded(report=finish_report(watch.peak, time.perf_counter() - begun.start)))
-    return model
+    report = made.finish_report(watch.peak, time.perf_counter() - begun.start)
+    remember(made.model, Loaded(report=report, residency=made.residency))
+    return made.model
 
 
 def _paged_line(ahead: Ahead) -> str:
@@ -206,6 +214,8 @@ def _check(request: Request) -> None:
     for name in ("architecture", "attn_implementation"):
         if request.into is not None and getattr(request, name) is not None:
             raise ValueError(f"{name}= names something of transformers and cannot go with into=.")
+    if request.streaming is not None and request.device not in (None, "cpu"):
+        raise ValueError(f"device={request.device!r}: units can be streamed to the CPU only.")
 
 
 @contextmanager
@@ -289,11 +299,14 @@ def _described(checkpoint: Checkpoint) -> Checkpoint:
 
 def _set_in_motion(begun: Begun) -> None:
     request, checkpoint = begun.request, begun.checkpoint
+    streamed = request.streaming.tensors if request.streaming is not None else frozenset()
     total_bytes = min(checkpoint.nbytes, sum(file.nbytes for file in checkpoint.files))
+    total_bytes -= sum(checkpoint.tensors[name].nbytes for name in streamed if name in checkpoint.tensors)
     if total_bytes > _PREFAULT_SHARE * host_memory()[1]:
         return  # what comes in now would push out what came before
     on_cpu = request.device == "cpu" or (request.device is None and not may_have_accelerator())
-    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=on_cpu and request.convert is None)
+    decode = on_cpu and request.convert is None
+    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=decode, skip=streamed)
 
 
 def _likely_dtype(begun: Begun) -> Callable[[TensorInfo], str]:

@@ -12,6 +12,9 @@ from loadstone.report.load_report import LoadReport
 if TYPE_CHECKING:
     from torch import nn
 
+    from loadstone.execute.residency import Residency
+    from loadstone.execute.values import StreamStats
+
 _LOCK = threading.Lock()
 _LOADED: weakref.WeakKeyDictionary[nn.Module, Loaded] = weakref.WeakKeyDictionary()
 
@@ -22,9 +25,20 @@ class Loaded:
 
     Attributes:
         report: of its load.
+        residency: what keeps it running, where parts of it are streamed.
     """
 
     report: LoadReport
+    residency: Residency | None = None
+
+    def stats(self) -> StreamStats | None:
+        """What streaming has done so far; None where nothing is streamed."""
+        return None if self.residency is None else self.residency.stats()
+
+    def close(self) -> None:
+        """End the threads and close the files of a model that is streamed, which cannot be used any more."""
+        if self.residency is not None:
+            self.residency.close()
 
 
 def remember(model: nn.Module, loaded: Loaded) -> None:

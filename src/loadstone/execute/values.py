@@ -52,3 +52,48 @@ class Generated:
     num_new_tokens: int
     first_token_s: float
     tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """Which parts of a model are not kept in memory but read from their files in each pass.
+
+    Attributes:
+        units: common starts of their parameters' names, each that of one module: `model.layers.3`, `lm_head`.
+        num_slots: how many units are in memory at a time; with two or more, one is read while another computes.
+        tensors: the names of their tensors in the checkpoint, as far as they are known before the class is: these are
+            not brought in ahead.
+    """
+
+    units: tuple[str, ...]
+    num_slots: int = 2
+    tensors: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamStats:
+    """What streaming has done since the model was loaded.
+
+    Attributes:
+        passes: forwards of the whole model.
+        uses: how often a unit was computed with.
+        hits: uses whose unit was in memory already.
+        unforeseen: uses whose unit was not even on its way.
+        streamed_bytes: read from the files for units and looked-up rows.
+        stall_s: how long forwards waited for the disk.
+        num_units: units that come and go.
+        num_slots: how many of them are in memory at a time.
+        slot_bytes: the memory of all slots.
+        pass_bytes: what one use of every unit reads.
+    """
+
+    passes: int
+    uses: int
+    hits: int
+    unforeseen: int
+    streamed_bytes: int
+    stall_s: float
+    num_units: int
+    num_slots: int
+    slot_bytes: int
+    pass_bytes: int

@@ -5,9 +5,10 @@ Nothing here knows torch, so that it can begin while torch is still being import
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = 
     )
 
 
+@functools.cache  # neighbours with one and the same kernel can be read as one
 def _decoder(encoding: str, dtype: str) -> Kernel | None:
     def to_float32(source: Bytes, destination: Bytes) -> None:
         dequantize(source, encoding, destination.view("<f4"))
@@ -166,13 +168,21 @@ class Ahead:
         self._unmapped: frozenset[Path] = frozenset()
         self._prefault: Prefault | None = None
 
-    def begin(self, checkpoint: Checkpoint, wanted_dtype: Callable[[TensorInfo], str], *, decode: bool) -> None:
+    def begin(
+        self,
+        checkpoint: Checkpoint,
+        wanted_dtype: Callable[[TensorInfo], str],
+        *,
+        decode: bool,
+        skip: Collection[str] = (),
+    ) -> None:
         """Start on every tensor; returns at once.
 
         Args:
             checkpoint: what is loaded.
             wanted_dtype: the dtype a tensor will most likely be wanted in.
             decode: whether to decode and cast now; without it only mapped bytes are brought in.
+            skip: the names of tensors that are left alone.
         """
         fills, mapped = [], dict.fromkeys(file.path for file in checkpoint.files)
         # A page fault over a network is a round trip, and a lost connection ends the process.
@@ -180,7 +190,7 @@ class Ahead:
         places: dict[tuple[Path, int, int, str], Decoded] = {}
         for info in checkpoint.tensors.values():
             dtype = wanted_dtype(info)
-            if self.is_mappable(info, dtype) or not decode or _EXPERT.search(info.name):
+            if self.is_mappable(info, dtype) or not decode or info.name in skip or _EXPERT.search(info.name):
                 continue
             if info.strides is not None:
                 continue
@@ -198,7 +208,7 @@ class Ahead:
         self._batch = self.reader.submit(fills)
         ranges = [
             (path, self.maps.whole(path)[begin:end])
-            for path, begin, end in stretches(checkpoint.tensors.values())
+            for path, begin, end in stretches(info for info in checkpoint.tensors.values() if info.name not in skip)
             if path not in self._unmapped | decoded_files
         ]
         if ranges:

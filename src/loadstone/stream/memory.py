@@ -188,7 +188,17 @@ class Arena:
             return taken
 
 
-def anonymous(nbytes: int) -> Bytes:
-    """Fresh zeroed page-aligned memory in a map of its own."""
-    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(mapped, np.uint8)
+def anonymous(nbytes: int, *, sparse: bool = False) -> Bytes:
+    """Fresh zeroed page-aligned memory in a map of its own.
+
+    Args:
+        nbytes: how much.
+        sparse: only a little of it will be touched, so that it may be more than there is.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sparse else 0)
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
+
+
+def give_back(array: Bytes) -> None:
+    """Let the system have the pages of anonymous memory; they read as zeros from now on."""
+    _advise(array, mmap.MADV_DONTNEED)

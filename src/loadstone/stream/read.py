@@ -12,7 +12,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from loadstone.events import BytesMoved, Observer, ignore
 from loadstone.stream.convert import copy
 from loadstone.stream.memory import Bytes, anonymous, populate
-from loadstone.stream.source import ALIGNMENT, Manner, Source, manners_of, staging_bytes
+from loadstone.stream.source import ALIGNMENT, OpenFiles, Source, manners_of, staging_bytes
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
@@ -88,22 +88,40 @@ class _Span:
     fills: tuple[Fill, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Fills that are read again and again: cut and joined once, from files that stay open.
+
+    Attributes:
+        spans: what is read in one call each.
+        total_bytes: of all of them.
+    """
+
+    spans: tuple[_Span, ...]
+    total_bytes: int
+
+
+def prepare(fills: Sequence[Fill]) -> Prepared:
+    """Do once what `Reader.submit` would do each time."""
+    return Prepared(spans=tuple(_spans(fills)), total_bytes=sum(fill.nbytes for fill in fills))
+
+
 class Batch:
     """Fills that were submitted together.
 
     Attributes:
         total_bytes: to be read.
         done_bytes: read and delivered so far.
-        manners: how each file is read.
+        files: where it is read from.
     """
 
-    def __init__(self, fills: Sequence[Fill], manners: Mapping[Path, Manner]) -> None:
-        self.total_bytes = sum(fill.nbytes for fill in fills)
+    def __init__(self, spans: Iterable[_Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
+        self.total_bytes = total_bytes
         self.done_bytes = 0
-        self.manners = manners
+        self.files = files
         self._lock = threading.Lock()
-        self._spans: Iterator[_Span] = _spans(fills)
-        self._sources: dict[Path, Source] = {}
+        self._spans: Iterator[_Span] = iter(spans)
+        self._close_files = close_files
         self._num_running = 0
         self._exhausted = False
         self._error: BaseException | None = None
@@ -114,6 +132,11 @@ class Batch:
     def seconds(self) -> float:
         """From the start to the last byte so far."""
         return self._end_s - self._begin_s
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._over.is_set()
 
     def wait(self) -> None:
         """Return when every byte is where it belongs.
@@ -145,7 +168,7 @@ class Batch:
     def _run(self, span: _Span, staging: Staging, tell: Callable[[int], None]) -> None:
         """Read a span and deliver it."""
         try:
-            _deliver(span, self._source(span.file), staging)
+            _deliver(span, self.files.source(span.file), staging)
             tell(span.nbytes)
         except BaseException as error:  # carried to the thread that waits, and raised there
             self._give_up(error)
@@ -163,17 +186,10 @@ class Batch:
             self._exhausted = True
             self._finish_if_done()
 
-    def _source(self, path: Path) -> Source:
-        with self._lock:
-            if path not in self._sources:
-                self._sources[path] = Source(path, self.manners[path].mode)
-            return self._sources[path]
-
     def _finish_if_done(self) -> None:
         if self._exhausted and not self._num_running and not self._over.is_set():
-            for source in self._sources.values():
-                source.close()
-            self._sources.clear()
+            if self._close_files:
+                self.files.close()
             self._over.set()
 
 
@@ -220,9 +236,22 @@ class Reader:
             fills: what is wanted.
             priority: batches with a lower number come first; of equal ones the earlier.
         """
-        batch = Batch(fills, manners_of({fill.file: None for fill in fills}))
-        wanted = max((manner.num_threads for manner in batch.manners.values()), default=0)
-        wanted = min(self._max_threads or wanted, -(-batch.total_bytes // CHUNK_BYTES) or 1)
+        files = OpenFiles(manners_of({fill.file: None for fill in fills}))
+        total_bytes = sum(fill.nbytes for fill in fills)
+        return self._begin(Batch(_spans(fills), total_bytes, files, close_files=True), priority)
+
+    def repeat(self, prepared: Prepared, files: OpenFiles, *, priority: int = 0) -> Batch:
+        """Begin to read what was prepared; returns at once.
+
+        Args:
+            prepared: what is wanted.
+            files: the files it lies in, which stay open.
+            priority: as for `submit`.
+        """
+        return self._begin(Batch(prepared.spans, prepared.total_bytes, files, close_files=False), priority)
+
+    def _begin(self, batch: Batch, priority: int) -> Batch:
+        wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES) or 1)
         with self._changed:
             self._total_bytes += batch.total_bytes
             heapq.heappush(self._queue, (priority, next(self._serial), batch))
@@ -231,7 +260,7 @@ class Reader:
                 self._threads.add(thread)
                 thread.start()
             self._changed.notify_all()
-        if not fills:
+        if not batch.total_bytes:
             batch.cancel()
         return batch
 

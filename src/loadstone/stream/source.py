@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -88,6 +89,14 @@ def manners_of(paths: Iterable[Path]) -> dict[Path, Manner]:
         except (OSError, LoadstoneError):
             manners[path] = Manner(mode=Mode.BUFFERED, num_threads=1, reason="it cannot be probed")
     return manners
+
+
+def streaming_manners(paths: Iterable[Path]) -> dict[Path, Manner]:
+    """How to read files over and over: past the page cache wherever that can be, whatever is cached of them now.
+
+    What the cache keeps of a file that is read in a circle is always what was read longest before it is wanted again.
+    """
+    return {path: choose_manner(storage, 0.0, num_cores()) for path, storage in storages_of(paths).items()}
 
 
 def staging_bytes(nbytes: int) -> int:
@@ -219,3 +228,39 @@ class Source:
             f"{self._path}: expected {wanted:,} bytes at offset {offset:,}, found {found:,}; the file was cut short "
             "while it was read. Download it again."
         )
+
+
+class OpenFiles:
+    """Weight files, each opened when it is first read from, for any number of threads; close them.
+
+    Args:
+        manners: how each file is read.
+    """
+
+    def __init__(self, manners: Mapping[Path, Manner]) -> None:
+        self.manners = manners
+        self._lock = threading.Lock()
+        self._sources: dict[Path, Source] = {}
+
+    @property
+    def num_threads(self) -> int:
+        """How many reads at a time suit these files."""
+        return max((manner.num_threads for manner in self.manners.values()), default=0)
+
+    def source(self, path: Path) -> Source:
+        """The open file.
+
+        Raises:
+            UnreadableFile: it is gone, or may not be read any more.
+        """
+        with self._lock:
+            if path not in self._sources:
+                self._sources[path] = Source(path, self.manners[path].mode)
+            return self._sources[path]
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            for source in self._sources.values():
+                source.close()
+            self._sources.clear()

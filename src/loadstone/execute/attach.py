@@ -1,0 +1,233 @@
+"""Which parameters of a module are streamed, and the hooks that have them there when their unit computes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+
+import torch
+from torch import nn
+
+from loadstone.architecture.keymap import KeyMap, Target
+from loadstone.architecture.skeleton import find_owner
+from loadstone.checkpoint.values import Checkpoint
+from loadstone.events import Observer
+from loadstone.execute.placeholder import StreamedParameter
+from loadstone.execute.residency import Member, Residency
+from loadstone.execute.values import Streaming
+from loadstone.stream.materialize import as_tensor, torch_dtype
+from loadstone.stream.refill import Refill, Wanted, can_refill
+from loadstone.stream.rows import Rows, has_rows
+
+
+@dataclass(slots=True)
+class Streamed:
+    """The parameters that are not kept in memory.
+
+    Attributes:
+        units: the name of the unit of each, by fqn.
+        wanted: what fills them, by fqn.
+        stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
+        notes: what was to be streamed and is not, and why.
+    """
+
+    units: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, Wanted] = field(default_factory=dict)
+    stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, unit: str, wanted: Wanted) -> None:
+        """Stream one more parameter."""
+        fqn, target = wanted.fqn, wanted.target
+        self.units[fqn], self.wanted[fqn] = unit, wanted
+        self.stand_ins[fqn] = torch.zeros(1, dtype=torch_dtype(target.dtype)).expand(target.shape)
+
+
+def choose_streamed(
+    module: nn.Module, keymap: KeyMap, targets: Mapping[str, Target], checkpoint: Checkpoint, streaming: Streaming
+) -> Streamed:
+    """Find the parameters of the units that are to be streamed.
+
+    Args:
+        module: the module on meta.
+        keymap: what fills what.
+        targets: shape and dtype by fqn.
+        checkpoint: where it comes from.
+        streaming: the units.
+
+    Returns:
+        Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
+    """
+    chosen = Streamed()
+    computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
+    chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
+    parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
+    kept = {unit: reason for unit in streaming.units if (reason := _reason_to_keep(module, unit))}
+    chosen.notes += [f"{unit} is kept in memory: {reason}" for unit, reason in kept.items()]
+    for assignment in keymap.assignments:
+        fqn = assignment.target
+        unit = _unit_of(fqn, streaming)
+        if unit is None or unit in kept or fqn not in parameters or not prod(targets[fqn].shape):
+            continue
+        wanted = Wanted(assignment=assignment, target=targets[fqn])
+        if isinstance(find_owner(module, fqn)[0], nn.RNNBase):
+            chosen.notes.append(f"{fqn} is kept in memory: its class holds on to it")
+        elif not can_refill(wanted, checkpoint.tensors):
+            chosen.notes.append(f"{fqn} is kept in memory: only torch can convert it")
+        else:
+            chosen.add(unit, wanted)
+    return chosen
+
+
+def _unit_of(fqn: str, streaming: Streaming) -> str | None:
+    """The innermost unit that a name belongs to."""
+    return max((unit for unit in streaming.units if fqn.startswith(f"{unit}.")), key=len, default=None)
+
+
+def _reason_to_keep(module: nn.Module, unit: str) -> str | None:
+    try:
+        found = module.get_submodule(unit)
+    except AttributeError:
+        return "it is no module"
+    # Containers are not called, so that nothing tells when their parameters are needed.
+    is_container = isinstance(found, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+    return "it is a container of modules" if is_container else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter stands in the module: in a module that may be registered under several paths."""
+
+    owner: nn.Module
+    name: str
+    paths: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Parameters that come together: one unit's, as far as the same modules need them.
+
+    Attributes:
+        entries: the paths of the modules whose forward needs them.
+        fqns: their names.
+    """
+
+    entries: tuple[str, ...]
+    fqns: list[str] = field(default_factory=list)
+
+
+def attach(
+    module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, num_slots: int, observer: Observer
+) -> Residency:
+    """Make a module that is complete but for its streamed parameters usable.
+
+    Args:
+        module: the module, with stand-ins and ties in place.
+        streamed: what is streamed.
+        checkpoint: where it comes from.
+        num_slots: how many units are in memory at a time; more where units lie within one another.
+        observer: is told of bytes.
+
+    Returns:
+        What keeps the module running; it ends when the module does.
+    """
+    places = _places(module, streamed)
+    by_rows = {
+        fqn
+        for fqn, found in places.items()
+        if any(_looks_up(place) for place in found) and has_rows(streamed.wanted[fqn], checkpoint.tensors)
+    }
+    groups = _groups(module, streamed, places, by_rows)
+    wanted = {name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()}
+    refill = Refill(wanted, checkpoint, observer)
+    members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
+    units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
+    residency = Residency(units, refill, max(num_slots, _deepest(groups)))
+    for fqn, member in members.items():
+        if fqn in by_rows:
+            rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
+            table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)
+            member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
+        for owner, name in member.owners:
+            owner[name] = member.placeholder
+    _hook(module, groups, residency)
+    weakref.finalize(module, residency.close)
+    return residency
+
+
+def _source(streamed: Streamed, fqn: str) -> str:
+    return streamed.wanted[fqn].assignment.parts[0].source
+
+
+def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
+    """Where each streamed parameter stands, ties included; those that a tie has replaced stand nowhere."""
+    paths: dict[int, list[str]] = {}
+    owners: dict[int, nn.Module] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        paths.setdefault(id(owner), []).append(path)
+        owners[id(owner)] = owner
+    by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
+    places: dict[str, list[_Place]] = {}
+    for ident, owner in owners.items():
+        for name, parameter in owner._parameters.items():
+            fqn = None if parameter is None else by_address.get(parameter.data_ptr())
+            if fqn is not None:
+                places.setdefault(fqn, []).append(_Place(owner, name, tuple(paths[ident])))
+    return places
+
+
+def _looks_up(place: _Place) -> bool:
+    return isinstance(place.owner, nn.Embedding) and place.name == "weight"
+
+
+def _groups(
+    module: nn.Module, streamed: Streamed, places: Mapping[str, Sequence[_Place]], by_rows: Collection[str]
+) -> dict[str, _Group]:
+    """What comes together, by name, in the order in which the modules that need it are defined."""
+    groups: dict[tuple[str, tuple[str, ...]], _Group] = {}
+    for fqn, found in places.items():
+        unit = streamed.units[fqn]
+        whole = [place for place in found if not (fqn in by_rows and _looks_up(place))]
+        entries = tuple(dict.fromkeys(_entry(place, unit) for place in whole))
+        if entries:
+            groups.setdefault((unit, entries), _Group(entries)).fqns.append(fqn)
+    number = {path: number for number, (path, _) in enumerate(module.named_modules(remove_duplicate=False))}
+    named: dict[str, _Group] = {}
+    for (unit, _), group in sorted(groups.items(), key=lambda item: number[item[1].entries[0]]):
+        named[unit if unit not in named else group.fqns[0]] = group
+    return named
+
+
+def _entry(place: _Place, unit: str) -> str:
+    """The module whose forward needs the parameter there: its unit, or what is tied to it from elsewhere."""
+    inside = any(f"{path}.".startswith(f"{unit}.") for path in place.paths)
+    return unit if inside else place.paths[0]
+
+
+def _deepest(groups: Mapping[str, _Group]) -> int:
+    """How many groups can be needed at once, because their modules lie within one another."""
+    entries = [entry for group in groups.values() for entry in group.entries]
+    return max((sum(f"{inner}.".startswith(f"{outer}.") for outer in entries) for inner in entries), default=0)
+
+
+def _member(fqn: str, unit: str, places: Sequence[_Place]) -> Member:
+    like = places[0].owner._parameters[places[0].name]
+    if like is None:
+        raise KeyError(fqn)
+    return Member(
+        placeholder=StreamedParameter(like, fqn=fqn, unit=unit),
+        owners=tuple((place.owner._parameters, place.name) for place in places),
+    )
+
+
+def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency) -> None:
+    for name, group in groups.items():
+        for entry in group.entries:
+            found = module.get_submodule(entry)
+            found.register_forward_pre_hook(partial(residency.enter, name), prepend=True)
+            found.register_forward_hook(partial(residency.leave, name), always_call=True)
+    module.register_forward_pre_hook(residency.begin_pass, prepend=True)
+    module.register_forward_hook(residency.end_pass, always_call=True)

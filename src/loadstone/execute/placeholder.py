@@ -1,0 +1,116 @@
+"""What stands where a streamed parameter would: it tells its shape, dtype and device, and refuses to be computed with.
+
+Only outside of the forward that the parameter is read for; there a plain parameter takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loadstone.errors import StreamedModel
+
+# What is known of a tensor without its elements.
+_FACTS = frozenset(
+    (
+        *("__get__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride"),
+        *("storage_offset", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device"),
+        *("requires_grad_", "_has_compatible_shallow_copy_type"),
+    )
+)
+
+_SET_DATA = vars(torch._C.TensorBase)["data"].__set__
+_SET_FACTS = tuple(vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad"))
+
+Take = Callable[[torch.Tensor], torch.Tensor]
+Lookup = Callable[[torch.Tensor, Take], torch.Tensor]
+
+
+class StreamedParameter(nn.Parameter):
+    """A parameter without elements.
+
+    Attributes:
+        fqn: its name in the module.
+        unit: what it is read with.
+        lookup: where its rows can be read one by one: reads those of the given numbers, and gives what is taken from
+            the table that then holds them.
+    """
+
+    fqn: str
+    unit: str
+    lookup: Lookup | None
+
+    def __new__(cls, like: torch.Tensor, *, fqn: str, unit: str) -> Self:
+        """One that has the shape and dtype of `like`."""
+        nothing = torch.zeros(1, dtype=like.dtype).expand(like.shape)
+        made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
+        made.fqn, made.unit, made.lookup = fqn, unit, None
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Its facts; it has nothing else to show."""
+        del tensor_contents
+        return f"StreamedParameter({self.fqn}, {list(self.shape)}, {self.dtype}, streamed with {self.unit})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what can be answered without elements; refuse the rest."""
+        kwargs = kwargs or {}
+        found = _looked_up(func, args, kwargs)
+        if found is not None:
+            return found
+        name = getattr(func, "__name__", "")
+        if name in _FACTS or _sets_nothing(func, args) or _moves_nothing(name, args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                answer = func(*args, **kwargs)
+            if isinstance(answer, cls) or not isinstance(answer, torch.Tensor):
+                return answer
+        first = next(_placeholders((*args, *kwargs.values())))
+        raise StreamedModel(
+            f"{first.fqn}: expected its elements for {name}, found a parameter that is read from its file only while "
+            f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, to "
+            "copy, convert, save or change its weights."
+        )
+
+
+def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """Rows of a table that are looked up, by `torch.nn.functional.embedding` or by an index; None for all else."""
+    if func is functional.embedding and kwargs.get("max_norm") is None and len(args) == 2:
+        ids, table = args
+        if isinstance(table, StreamedParameter) and table.lookup is not None:
+            return table.lookup(ids, lambda rows: functional.embedding(ids, rows, **kwargs))
+    if func is torch.Tensor.__getitem__ and args[0].lookup is not None:
+        table, index = args
+        ids = torch.arange(len(table))[index[0] if isinstance(index, tuple) else index]
+        # A copy: the table's rows go when others are wanted.
+        return table.lookup(ids.reshape(-1), lambda rows: rows[index].clone())  # type: ignore[no-any-return]
+    return None
+
+
+def _placeholders(values: Any) -> Iterator[StreamedParameter]:
+    for value in values:
+        if isinstance(value, StreamedParameter):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _placeholders(value)
+
+
+def _sets_nothing(func: Any, args: Any) -> bool:
+    """Whether `data`, `grad` or `requires_grad` is set to what changes no element."""
+    if func == _SET_DATA:
+        return args[0] is args[1]
+    return func in _SET_FACTS
+
+
+def _moves_nothing(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a conversion is one to what the tensor is already, so that torch gives it back as it is."""
+    if name == "cpu":
+        return True
+    if name != "to" or kwargs.get("copy"):
+        return False
+    device, dtype, _, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
+    return (device is None or device.type == "cpu") and dtype in (None, args[0].dtype)

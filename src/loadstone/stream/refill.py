@@ -1,0 +1,271 @@
+"""Units of a model that come again from their files in each pass: what is read, and where in a slot it goes.
+
+Everything that can be worked out once is: the order of the parameters in a slot is the order of their tensors in the
+files, and what lies side by side there, and is decoded alike, is read as one. What is only moved lies in the slot as it
+lies in the file's blocks, so that the disk writes it where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from loadstone.architecture.keymap import Assignment, Part, Target
+from loadstone.checkpoint.files import check_unchanged
+from loadstone.checkpoint.values import Checkpoint, CheckpointFile, TensorInfo
+from loadstone.dtypes import DTYPES, nbytes_of
+from loadstone.events import Observer, ignore
+from loadstone.stream.convert import copy
+from loadstone.stream.host import fill_for
+from loadstone.stream.memory import Bytes
+from loadstone.stream.read import Batch, Fill, Prepared, Reader, prepare
+from loadstone.stream.rearrange import (
+    Rearranged,
+    decoded_nbytes,
+    is_rearranged,
+    placer,
+    rearranging_fill,
+    target_nbytes,
+)
+from loadstone.stream.source import ALIGNMENT, OpenFiles, streaming_manners
+
+_NOWHERE = np.empty(0, np.uint8)
+# Where parameters begin that are not laid out as the file's blocks are.
+_PLACE_ALIGNMENT = 64
+
+Tensors = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One parameter: what fills it, and what it must be."""
+
+    assignment: Assignment
+    target: Target
+
+    @property
+    def fqn(self) -> str:
+        """Its name in the module."""
+        return self.assignment.target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a parameter lies in a slot: from byte `begin` on."""
+
+    fqn: str
+    target: Target
+    begin: int
+
+
+def can_refill(wanted: Wanted, tensors: Tensors) -> bool:
+    """Whether a parameter can be read again by numpy alone."""
+    return all(_fill(part, tensors[part.source], wanted.target) is not None for part in wanted.assignment.parts)
+
+
+def _fill(part: Part, info: TensorInfo, target: Target) -> Fill | None:
+    if is_rearranged(part, info):
+        return rearranging_fill(part, info, target)
+    return fill_for(info, target.dtype, _NOWHERE, fresh=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A fill whose destination is the bytes from `begin` on, of whatever slot."""
+
+    fill: Fill
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.fill.nbytes * self.fill.destination_bits // self.fill.source_bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rearrangement:
+    """A part that is read into the bytes from `begin` on, behind the parameters, and moved from there."""
+
+    part: Part
+    info: TensorInfo
+    place: Place
+    begin: int
+
+
+@dataclass(slots=True)
+class Recipe:
+    """How one unit fills a slot.
+
+    Attributes:
+        places: where its parameters lie.
+        nbytes: how large the slot must be.
+        moved_bytes: how much is read from the files.
+    """
+
+    places: list[Place] = field(default_factory=list)
+    nbytes: int = 0
+    moved_bytes: int = 0
+    _reads: list[_Read] = field(default_factory=list)
+    _rearrangements: list[_Rearrangement] = field(default_factory=list)
+
+    def add(self, wanted: Wanted, tensors: Tensors) -> None:
+        """Lay out one more parameter; they come in the order of their files."""
+        infos = [tensors[part.source] for part in wanted.assignment.parts]
+        place = Place(fqn=wanted.fqn, target=wanted.target, begin=self._begin_of(wanted, infos[0]))
+        self.places.append(place)
+        self.nbytes = place.begin + target_nbytes(wanted.target)
+        for part, info in zip(wanted.assignment.parts, infos, strict=True):
+            self.moved_bytes += info.nbytes
+            if is_rearranged(part, info):
+                self._rearrangements.append(_Rearrangement(part=part, info=info, place=place, begin=0))
+            elif (fill := _fill(part, info, wanted.target)) is not None:
+                begin = place.begin + nbytes_of(DTYPES[wanted.target.dtype], part.start)
+                self._reads.append(_Read(fill=fill, begin=begin))
+
+    def _begin_of(self, wanted: Wanted, info: TensorInfo) -> int:
+        """Where the next parameter begins: for bytes that only move, as far into a block as in the file."""
+        first = wanted.assignment.parts[0]
+        moves = len(wanted.assignment.parts) == 1 and not is_rearranged(first, info) and info.is_aligned
+        if not moves or info.encoding is not None or info.dtype != wanted.target.dtype:
+            return _round_up(self.nbytes, _PLACE_ALIGNMENT)
+        last = self._reads[-1] if self._reads else None
+        if last is not None and last.fill.kernel is copy and last.fill.file == info.file and last.end == self.nbytes:
+            gap = info.offset - last.fill.offset - last.fill.nbytes
+            if 0 <= gap < ALIGNMENT:
+                return self.nbytes + gap
+        return _round_up(self.nbytes, ALIGNMENT) + info.offset % ALIGNMENT
+
+    def finish(self) -> None:
+        """Join what is read in one go, and make room for what is rearranged."""
+        self._reads = _joined(self._reads)
+        for number, one in enumerate(self._rearrangements):
+            begin = _round_up(self.nbytes, _PLACE_ALIGNMENT)
+            self._rearrangements[number] = replace(one, begin=begin)
+            self.nbytes = begin + decoded_nbytes(one.part, one.info, one.place.target)
+
+    def prepare(self, slot: Bytes) -> tuple[Prepared, list[Rearranged]]:
+        """The same for the memory of one slot."""
+        fills = [replace(read.fill, destination=slot[read.begin : read.end]) for read in self._reads]
+        kernels = []
+        for one in self._rearrangements:
+            target = one.place.target
+            decoded = slot[one.begin : one.begin + decoded_nbytes(one.part, one.info, target)]
+            whole = slot[one.place.begin : one.place.begin + target_nbytes(target)]
+            fill = rearranging_fill(one.part, one.info, target)
+            if fill is not None:
+                move = placer(one.part, one.info, target, decoded, whole)
+                kernels.append(Rearranged(fill.kernel, fill.nbytes, move))
+                fills.append(replace(fill, destination=decoded, kernel=kernels[-1]))
+        return prepare(fills), kernels
+
+
+def _joined(reads: Sequence[_Read]) -> list[_Read]:
+    joined: list[_Read] = []
+    for read in sorted(reads, key=lambda read: (str(read.fill.file), read.fill.offset)):
+        last = joined[-1] if joined else None
+        if last is not None and _continues(last, read):
+            nbytes = read.fill.offset + read.fill.nbytes - last.fill.offset
+            joined[-1] = replace(last, fill=replace(last.fill, nbytes=nbytes))
+        else:
+            joined.append(read)
+    return joined
+
+
+def _continues(last: _Read, read: _Read) -> bool:
+    """Whether two reads are one: what lies between them, if anything, lies between them in the slot too."""
+    before, after = last.fill, read.fill
+    same = (before.file, before.kernel, before.source_bits, before.destination_bits) == (
+        after.file,
+        after.kernel,
+        after.source_bits,
+        after.destination_bits,
+    )
+    gap = after.offset - before.offset - before.nbytes
+    return same and read.begin - last.end == gap and (gap == 0 or (before.kernel is copy and 0 < gap < ALIGNMENT))
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def recipe_for(wanted: Iterable[Wanted], tensors: Tensors) -> Recipe:
+    """How parameters that come together fill a slot."""
+
+    def place_in_files(one: Wanted) -> tuple[str, int]:
+        info = tensors[one.assignment.parts[0].source]
+        return str(info.file), info.offset
+
+    recipe = Recipe()
+    for one in sorted(wanted, key=place_in_files):
+        recipe.add(one, tensors)
+    recipe.finish()
+    return recipe
+
+
+class Refill:
+    """Reads units into slots, again and again; close it.
+
+    Args:
+        units: what each unit holds, by its name; all of it `can_refill`.
+        checkpoint: where it comes from.
+        observer: is told of bytes.
+
+    Attributes:
+        recipes: how each unit fills a slot.
+        reader: the threads that read.
+        files: the files, which stay open.
+    """
+
+    def __init__(
+        self, units: Mapping[str, Sequence[Wanted]], checkpoint: Checkpoint, observer: Observer = ignore
+    ) -> None:
+        self._tensors = checkpoint.tensors
+        self._versions = {file.path: file for file in checkpoint.files}
+        self._files_of = {name: self.versions(wanted) for name, wanted in units.items()}
+        self._prepared: dict[tuple[str, int], tuple[Prepared, list[Rearranged]]] = {}
+        self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
+        self.reader = Reader(observer=observer, stage="stream")
+        self.files = OpenFiles(streaming_manners(self._versions))
+
+    def slot_sizes(self, count: int) -> list[int]:
+        """How large each of `count` slots must be, so that any `count` different units find room at once."""
+        return sorted((recipe.nbytes for recipe in self.recipes.values()), reverse=True)[:count]
+
+    def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
+        """Begin to read a unit into a slot, which nobody must use meanwhile.
+
+        Args:
+            unit: its name.
+            slot: page-aligned memory, at least as large as the unit's recipe says, always the same for one slot.
+            priority: lower numbers come first.
+
+        Returns:
+            What can be waited for; `check` afterwards that the files are still the same.
+        """
+        key = (unit, slot.ctypes.data)
+        if key not in self._prepared:
+            self._prepared[key] = self.recipes[unit].prepare(slot)
+        prepared, kernels = self._prepared[key]
+        for kernel in kernels:
+            kernel.restart()
+        return self.reader.repeat(prepared, self.files, priority=priority)
+
+    def check(self, unit: str) -> None:
+        """Check that the files of a unit are those whose headers were read.
+
+        Raises:
+            UnreadableFile: one is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+        check_unchanged(self._files_of[unit])
+
+    def versions(self, wanted: Iterable[Wanted]) -> tuple[CheckpointFile, ...]:
+        """The files that parameters lie in, as they were when their headers were read."""
+        paths = {self._tensors[part.source].file: None for one in wanted for part in one.assignment.parts}
+        return tuple(self._versions[path] for path in paths)
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self.reader.close()
+        self.files.close()

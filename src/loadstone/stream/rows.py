@@ -1,0 +1,100 @@
+"""A table of which only the rows that are looked up are read: an embedding that is not kept in memory.
+
+The table is as large as ever and lies in memory that the system has only promised: rows are read to where they belong,
+so that whoever looks them up needs to know nothing of it, and pages without a row that was wanted do not exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loadstone.architecture.keymap import Target
+from loadstone.checkpoint.files import check_unchanged
+from loadstone.checkpoint.values import TensorInfo
+from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
+from loadstone.stream.host import fill_for
+from loadstone.stream.memory import PAGE_BYTES, anonymous, give_back
+from loadstone.stream.read import Fill, prepare
+from loadstone.stream.rearrange import is_rearranged, target_nbytes
+from loadstone.stream.refill import Refill, Wanted
+
+# Rows of earlier passes that stay; the words that a text repeats are most of it.
+_KEPT_BYTES = 4 << 20
+_NOWHERE = np.empty(0, np.uint8)
+_BLOCK_NUMEL = {block.name: block.block_numel for block in GGML_BLOCKS.values()}
+
+
+def has_rows(wanted: Wanted, tensors: dict[str, TensorInfo] | Any) -> bool:
+    """Whether a parameter's rows can be read one by one: one whole tensor, and whole blocks in each row."""
+    part, *others = wanted.assignment.parts
+    info, target = tensors[part.source], wanted.target
+    if others or len(target.shape) != 2 or info.shape != target.shape or is_rearranged(part, info):
+        return False
+    whole_blocks = target.shape[1] % _BLOCK_NUMEL.get(info.encoding or "", 1) == 0
+    return whole_blocks and fill_for(info, target.dtype, _NOWHERE, fresh=False) is not None
+
+
+class Rows:
+    """The table, of which rows can be brought in.
+
+    Args:
+        wanted: the parameter; it `has_rows`.
+        info: its tensor.
+        refill: what reads.
+
+    Attributes:
+        target: its shape and dtype.
+        data: the bytes of the table.
+        read_bytes: how much was read so far.
+    """
+
+    def __init__(self, wanted: Wanted, info: TensorInfo, refill: Refill) -> None:
+        self.target: Target = wanted.target
+        self.data = anonymous(target_nbytes(wanted.target), sparse=True)
+        self.read_bytes = 0
+        self._info = info
+        self._refill = refill
+        self._versions = refill.versions([wanted])
+        self._present = np.zeros(wanted.target.shape[0], np.bool_)
+        self._row_bytes = nbytes_of(DTYPES[wanted.target.dtype], wanted.target.shape[1])
+
+    def bring(self, ids: NDArray[np.int64]) -> None:
+        """Return when the rows of these numbers are there; numbers that are none are left alone.
+
+        Raises:
+            LoadstoneError: the file cannot be read, or is not the one whose header was read.
+        """
+        wanted = np.unique(ids)
+        wanted = wanted[(wanted >= 0) & (wanted < self._present.size)]
+        missing = wanted[~self._present[wanted]]
+        if missing.size:
+            runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
+            prepared = prepare([self._fill(int(run[0]), int(run[-1]) + 1) for run in runs])
+            self._refill.reader.repeat(prepared, self._refill.files, priority=-1).wait()
+            self.read_bytes += prepared.total_bytes
+            self._present[missing] = True
+        check_unchanged(self._versions)
+
+    def _fill(self, first: int, end: int) -> Fill:
+        info = self._info
+        whole = fill_for(info, self.target.dtype, self.data, fresh=False)
+        if whole is None:
+            raise ValueError(f"{info.name}: its rows cannot be read one by one")
+        stored = info.nbytes // self.target.shape[0]
+        return replace(
+            whole,
+            offset=info.offset + first * stored,
+            nbytes=(end - first) * stored,
+            destination=self.data[first * self._row_bytes : end * self._row_bytes],
+        )
+
+    def trim(self) -> None:
+        """Drop the rows once they take more than a few megabytes."""
+        pages_of_row = -(-self._row_bytes // PAGE_BYTES) + (self._row_bytes % PAGE_BYTES != 0)
+        if int(self._present.sum()) * pages_of_row * PAGE_BYTES > _KEPT_BYTES:
+            give_back(self.data)
+            self._present[:] = False
