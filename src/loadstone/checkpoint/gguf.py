@@ -10,6 +10,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from loadstone.checkpoint.files import version_of
 from loadstone.checkpoint.gguf_split import join_parts, part_paths
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.dtypes import GGML_BLOCKS, GGML_PLAIN, nbytes_of
@@ -93,7 +95,8 @@ def read_gguf(path: Path) -> Checkpoint:
 def _read_part(path: Path) -> Checkpoint:
     try:
         with path.open("rb") as file:
-            header = _Header(path=path, file=file, file_nbytes=path.stat().st_size)
+            status = os.fstat(file.fileno())
+            header = _Header(path=path, file=file, file_nbytes=status.st_size)
             num_tensors, num_pairs = header.read_preamble()
             metadata = header.read_metadata(num_pairs)
             rows = header.read_tensors(num_tensors)
@@ -104,7 +107,7 @@ def _read_part(path: Path) -> Checkpoint:
     return Checkpoint(
         format=Format.GGUF,
         root=path.parent,
-        files=(CheckpointFile(path=path, nbytes=header.file_nbytes),),
+        files=(CheckpointFile(path=path, nbytes=status.st_size, version=version_of(status)),),
         tensors=tensors,
         metadata=metadata,
     )
