@@ -104,7 +104,9 @@ def test_views_in_the_pickle_are_gathered(source: Path, tmp_path: Path) -> None:
 
 def test_no_torch_is_needed(source: Path, tmp_path: Path) -> None:
     write(source, meta_state(reference()), 2)
-    code = "import sys; from loadstone.api.convert import convert; convert(*sys.argv[1:]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from loadstone.api.convert import convert; convert(*sys.argv[1:]); print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, source, tmp_path / "made"], capture_output=True, text=True, check=True
     )
@@ -126,7 +128,7 @@ def test_what_lies_beside_comes_along_and_params_do_not(source: Path, tmp_path: 
 def test_a_config_json_beside_is_what_describes_the_result(source: Path, tmp_path: Path) -> None:
     """Mistral's repositories hold both layouts; the file of one is named."""
     model = write_mistral(source)
-    model.config.max_position_embeddings = 77
+    model.config.update({"max_position_embeddings": 77, "architectures": ["MistralForCausalLM"]})
     model.config.save_pretrained(source)
     loadstone.convert(source / "consolidated.safetensors", tmp_path / "made")
     assert (tmp_path / "made" / "config.json").read_bytes() == (source / "config.json").read_bytes()

@@ -13,7 +13,7 @@ from loadstone import __version__
 from loadstone.api.load import read_headers
 from loadstone.api.pause import paused_gc
 from loadstone.architecture.implied import with_config, with_vocabulary
-from loadstone.architecture.implied_side_files import side_files_of, vocabulary_bytes
+from loadstone.architecture.implied_side_files import config_files, tokenizer_files, vocabulary_bytes
 from loadstone.architecture.meta_tokenizer import bare_vocabulary
 from loadstone.checkpoint.excerpt import Excerpt, Select
 from loadstone.checkpoint.files import check_unchanged
@@ -241,9 +241,10 @@ def _side_contents(planned: _Planned) -> Iterator[tuple[str, bytes]]:
         yield INDEX_NAME, index_text(planned.shards).encode()
     copied = _copied(checkpoint)
     if checkpoint.format is Format.GGUF or checkpoint.params is not None:
-        for name, content in side_files_of(checkpoint, planned.dtype.value):
-            if name not in copied:
-                yield name, content
+        if CONFIG not in copied:
+            made = config_files(checkpoint, planned.dtype.value)
+            yield from ((name, content) for name, content in made if name not in copied)
+        yield from tokenizer_files(checkpoint)
     for name, path in copied.items():
         if name == CONFIG and planned.casts:
             yield CONFIG, json_text(with_dtype(checkpoint.config or {}, planned.dtype.value))

@@ -35,12 +35,27 @@ def vocabulary_bytes(checkpoint: Checkpoint) -> int:
     return _ENTRY_BYTES * (len(tokens) + len(merges)) + (0 if merges else _CUT_TOKEN_BYTES * len(tokens))
 
 
-def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, bytes]]:
-    """Make the files, one after the other.
+def config_files(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, bytes]]:
+    """Make config.json and, for what generates, generation_config.json.
 
     Args:
-        checkpoint: with the config and the vocabulary that `implied` gave it.
+        checkpoint: with the config that its headers imply.
         dtype: torch's name of the dtype that the weights are loaded in.
+
+    Yields:
+        Name and content.
+    """
+    config = checkpoint.config or {}
+    yield CONFIG, json_text(with_dtype(config, dtype))
+    if str(config["architectures"][0]).endswith(_GENERATING):
+        yield GENERATION_CONFIG, json_text(checkpoint.generation_config or _generation_config(config))
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Make the files of the tokenizer that a GGUF header describes, or a bare vocabulary; nothing where there is none.
+
+    Args:
+        checkpoint: with that in its metadata.
 
     Yields:
         Name and content.
@@ -49,10 +64,6 @@ def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, byt
         UnsupportedFormat: a tokenizer that is not known.
         InvalidHeader: a tokenizer that contradicts itself.
     """
-    config = checkpoint.config or {}
-    yield CONFIG, json_text(with_dtype(config, dtype))
-    if str((config.get("architectures") or [""])[0]).endswith(_GENERATING):
-        yield GENERATION_CONFIG, json_text(checkpoint.generation_config or _generation_config(config))
     if not has_tokenizer(checkpoint):
         return
     try:

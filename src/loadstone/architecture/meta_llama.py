@@ -100,7 +100,7 @@ def config_from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     _check(params, where)
     dim, heads = params["dim"], params["n_heads"]
     is_mistral = "hidden_dim" in params
-    rows = _rows(checkpoint)
+    rows = _rows(checkpoint, dim)
     config: dict[str, Any] = {
         "model_type": "mistral" if is_mistral else "llama",
         "architectures": ["MistralForCausalLM" if is_mistral else "LlamaForCausalLM"],
@@ -151,13 +151,13 @@ def _is_valid(key: str, value: Any) -> bool:
     return type(value) in ((int, float) if key in _FRACTIONS else (int,)) and 0 < value < _MAX_SETTING
 
 
-def _rows(checkpoint: Checkpoint) -> dict[str, int]:
-    """The rows of each matrix, those of all ranks together."""
-    rows: dict[str, int] = {}
+def _rows(checkpoint: Checkpoint, width: int) -> dict[str, int]:
+    """The rows of each matrix that has so many columns, in whichever direction ranks share it."""
+    numels: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         whole, _ = name_and_rank(name)
-        rows[whole] = rows.get(whole, 0) + (info.shape[0] if info.shape else 0)
-    return rows
+        numels[whole] = numels.get(whole, 0) + info.numel
+    return {name: numel // width for name, numel in numels.items()}
 
 
 def _found(rows: Mapping[str, int], name: str, where: str) -> int:
