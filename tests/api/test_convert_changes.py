@@ -15,7 +15,7 @@ import loadstone
 from loadstone.errors import FileChanged
 from loadstone.events import BytesMoved, Event
 
-# Cut where the tensor whose elements lie apart is about to be gathered, in a process of its own: it may be ended.
+# Cut when a part of the tensor whose elements lie apart was gathered, in a process of its own: it may be ended.
 CHILD = """
 import os, sys
 from loadstone.api.convert import convert
@@ -23,7 +23,7 @@ from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved
 
 def cut(event):
-    if isinstance(event, BytesMoved):
+    if isinstance(event, BytesMoved) and event.done_bytes > 1 << 20:
         os.truncate(sys.argv[1], 1 << 20)
 
 try:
