@@ -2,92 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM
 
 import loadstone
-from builders import stir
 from loadstone.errors import CheckpointMismatch, InvalidConfig, InvalidHeader, MissingShard, UnsupportedFormat
-
-LAYER = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
-PARAMS: dict[str, Any] = {
-    "dim": 64,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 96,
-    "multiple_of": 16,
-    "norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-}
-
-
-def reference(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        rms_norm_eps=1e-05,
-        **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **changes},
-    )
-    model = LlamaForCausalLM(config)
-    stir(model)
-    for parameter in model.parameters():  # not the rotary frequencies, which stay in float32
-        parameter.data = parameter.data.to(dtype)
-    return model.eval()
-
-
-def interleaved(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Halves of a head's rows -> pairs, as Meta's rotary positions have them."""
-    rows, columns = weight.shape
-    return weight.view(num_heads, 2, rows // num_heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def meta_state(model: nn.Module, heads: int = 4, kv_heads: int = 2) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
-    made = {"tok_embeddings.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    made["output.weight"] = state["lm_head.weight"]
-    for layer in range(2):
-        for name, module in LAYER.items():
-            weight = state[f"model.layers.{layer}.{module}.weight"]
-            if name.endswith(("wq", "wk")):
-                weight = interleaved(weight, heads if name.endswith("wq") else kv_heads)
-            made[f"layers.{layer}.{name}.weight"] = weight
-    made["rope.freqs"] = torch.ones(8)
-    return {name: tensor.clone() for name, tensor in made.items()}
-
-
-def write(folder: Path, state: dict[str, torch.Tensor], ranks: int = 1, embedding_dim: int = 1, **params: Any) -> Path:
-    for rank in range(ranks):
-        part = {}
-        for name, tensor in state.items():
-            dim = embedding_dim if name.startswith("tok_") else 1 if name.endswith(BY_COLUMNS) else 0
-            part[name] = tensor.chunk(ranks, dim)[rank].clone() if tensor.ndim > 1 else tensor.clone()
-        torch.save(part, folder / f"consolidated.{rank:02d}.pth")
-    (folder / "params.json").write_text(json.dumps({**PARAMS, **params}))
-    return folder
+from meta_builders import meta_state, reference, write, write_mistral
 
 
 def same_logits(loaded: nn.Module, expected: nn.Module) -> None:
@@ -161,28 +86,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
 
 
 def test_mistrals_consolidated_safetensors(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    config = MistralConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=96,
-        rms_norm_eps=1e-05,
-        rope_parameters=rope,
-        sliding_window=None,
-    )
-    expected = MistralForCausalLM(config).eval()
-    stir(expected)
-    state = meta_state(expected)
-    del state["rope.freqs"]
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "consolidated.safetensors")
-    params = {**PARAMS, "head_dim": 8, "hidden_dim": 96, "rope_theta": 1e6}
-    del params["multiple_of"]
-    (tmp_path / "params.json").write_text(json.dumps(params))
+    expected = write_mistral(tmp_path)
     model = loadstone.load(tmp_path)
     assert type(model) is MistralForCausalLM
     assert model.config.sliding_window is None

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import loadstone
-from loadstone.architecture.gguf_pretokenizers import PRE_TOKENIZERS
-from loadstone.architecture.gguf_tokenizer import byte_alphabet
 from loadstone.errors import InvalidHeader, NotACheckpoint
-
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "What's 12345 + 678? It is 13023!",
-    "naïve café, 日本語 too",
-] * 20
-TEXTS = [*CORPUS[:3], "  two  spaces\n\nand lines", "unseen: Żółć 🙂", ""]
+from meta_builders import TEXTS, llama3_reference, sentencepiece_file, tiktoken_file
 
 
 def folder_with(folder: Path, content: bytes) -> Path:
@@ -31,44 +20,14 @@ def folder_with(folder: Path, content: bytes) -> Path:
 
 
 def test_a_sentencepiece_vocabulary_gives_the_tokens_of_sentencepiece(tmp_path: Path) -> None:
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=written,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-    )
-    reference = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    tokenizer = loadstone.load_tokenizer(folder_with(tmp_path, written.getvalue()))
+    written = sentencepiece_file()
+    reference = sentencepiece.SentencePieceProcessor(model_proto=written)
+    tokenizer = loadstone.load_tokenizer(folder_with(tmp_path, written))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
     for text in TEXTS:
         if text:
             assert tokenizer(text).input_ids == [1, *reference.encode(text)], text
             assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-
-
-def llama3_reference() -> Tokenizer:
-    """A byte-level tokenizer with Llama 3's way to split text, trained on the corpus."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["llama-bpe"].splits[0]), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    return tokenizer
-
-
-def tiktoken_file(vocab: dict[str, int]) -> bytes:
-    spelled = {char: byte for byte, char in byte_alphabet().items()}
-    ordered = sorted(vocab, key=lambda token: vocab[token])
-    lines = [base64.b64encode(bytes(spelled[char] for char in token)) for token in ordered]
-    return b"".join(line + b" %d\n" % rank for rank, line in enumerate(lines))
 
 
 def test_a_tiktoken_vocabulary_gives_the_tokens_it_was_made_from(tmp_path: Path) -> None:

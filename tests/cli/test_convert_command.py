@@ -86,6 +86,25 @@ def test_the_summary_and_the_json_say_what_was_done(run: Run, chatty_folder: Pat
     assert len(open_checkpoint(tmp_path / "again").tensors) == 21
 
 
+def test_a_part_of_a_source_is_asked_for_as_of_every_command(run: Run, chatty_folder: Path, tmp_path: Path) -> None:
+    part = ("--prefix", "model.layers.0", "--select", "*q_proj.weight", "--select", "*norm.weight")
+    code, out, _ = run("convert", chatty_folder, tmp_path / "made", *part, "--json")
+    assert (code, json.loads(out)["num_tensors"]) == (0, 3)
+    assert set(open_checkpoint(tmp_path / "made").tensors) == {
+        "self_attn.q_proj.weight",
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
+    for option, words in (
+        (("--variant", "fp16"), 'the variant "fp16"'),
+        (("--subfolder", "unet"), "a subfolder 'unet'"),
+    ):
+        code, out, err = run("convert", chatty_folder, tmp_path / "none", *option)
+        assert (code, out) == (2, "")
+        assert words in err
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 def test_help_has_examples(run: Run) -> None:
     _, out, _ = run("convert", "--help")
     assert "Examples" in out

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
-from loadstone.errors import TruncatedFile
+from loadstone.errors import TruncatedFile, UnreadableFile
 from loadstone.events import ignore
 from loadstone.hardware.storage import Storage
 from loadstone.stream import host
-from loadstone.stream.host import Ahead, FileMaps, fill_for, is_mappable
+from loadstone.stream.host import Ahead, FileMaps, fill_for, is_mappable, lost
 
 
 def info(path: Path, **changes: object) -> TensorInfo:
@@ -37,6 +37,19 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path:
     path.write_bytes(bytes(10))
     with pytest.raises(TruncatedFile, match=r"w: a ends at byte 108, but the file now has 10"):
         FileMaps().bytes_of(info(path, offset=100))
+
+
+def test_mapped_bytes_that_are_lost_are_told_by_what_became_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(bytes(8))
+    for change, fault, message in (
+        (lambda: None, UnreadableFile, "found: Input/output error"),
+        (lambda: path.write_bytes(bytes(5)), TruncatedFile, "a ends at byte 8, but the file now has 5"),
+        (path.unlink, UnreadableFile, "found: No such file or directory"),
+    ):
+        change()
+        with pytest.raises(fault, match=message):
+            raise lost(info(path))
 
 
 def test_what_numpy_cannot_cast_is_left_to_torch(tmp_path: Path) -> None:

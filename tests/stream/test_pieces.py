@@ -26,7 +26,7 @@ from loadstone.checkpoint.torch_pickle import read_torch_pickle
 from loadstone.checkpoint.write import NewTensor, plan_shards
 from loadstone.stream.dequantize import dequantize
 from loadstone.stream.host import FileMaps
-from loadstone.stream.memory import anonymous
+from loadstone.stream.memory import Gatherer, anonymous
 from loadstone.stream.pieces import Room, pieces_of
 from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT
@@ -41,9 +41,9 @@ def made(tensors, new, assignments=None, slot_bytes=96):
     }
     (shard,) = plan_shards(new, 10**9)
     content = bytearray(shard.header + b"\xee" * (shard.nbytes - len(shard.header)))
-    at, reader = len(shard.header), Reader()
+    at, reader, gatherer = len(shard.header), Reader(), Gatherer()
     for piece in pieces_of(shard, assignments, tensors, slot_bytes):
-        room = Room(slot=anonymous(slot_bytes + ALIGNMENT), reader=reader, maps=FileMaps())
+        room = Room(slot=anonymous(slot_bytes + ALIGNMENT), reader=reader, maps=FileMaps(), gatherer=gatherer)
         room.slot[:] = 0xAB  # slots are used again and again
         data = piece.begin(room)()
         assert piece.offset == at
@@ -51,6 +51,7 @@ def made(tensors, new, assignments=None, slot_bytes=96):
         at += data.size
     assert at == shard.nbytes
     reader.close()
+    gatherer.close()
     from safetensors.torch import load
 
     return load(bytes(content))

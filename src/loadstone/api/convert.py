@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING
 from loadstone import __version__
 from loadstone.api.load import read_headers
 from loadstone.api.pause import paused_gc
-from loadstone.architecture.gguf import config_from_metadata
-from loadstone.architecture.gguf_side_files import side_files_of, vocabulary_bytes
+from loadstone.architecture.implied import with_config, with_vocabulary
+from loadstone.architecture.implied_side_files import config_files, tokenizer_files, vocabulary_bytes
+from loadstone.architecture.meta_tokenizer import bare_vocabulary
+from loadstone.checkpoint.excerpt import Excerpt, Select
+from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.hub_cache import HubAccess, local_path
+from loadstone.checkpoint.layout import PARAMS_NAME
 from loadstone.checkpoint.new_folder import NewFolder, check_destination, leftovers, new_folder
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.side_files import CONFIG, json_text, side_files, with_dtype
@@ -79,6 +83,10 @@ def convert(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    prefix: str | None = None,
+    select: Select | None = None,
     progress: Observer | None = None,
 ) -> ConversionReport:
     """Write a checkpoint anew: sharded safetensors with config, generation config, tokenizer and SHA256SUMS.
@@ -97,6 +105,10 @@ def convert(
         revision: the branch, tag or commit of a hub id.
         token: a hub token for gated models.
         cache_dir: the hub cache, where it is not the usual one.
+        subfolder: a folder inside the source, such as a component of a diffusers pipeline.
+        variant: the `fp16` of files named `model.fp16.safetensors`.
+        prefix: only the tensors whose names begin with it, without it: one model of a file that holds several.
+        select: only tensors whose names (without the prefix) match a shell pattern, one of several, or a function.
         progress: is called with the events of `loadstone.events`.
 
     Returns:
@@ -116,7 +128,8 @@ def convert(
         token=token,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
-    checkpoint = read_headers(source, access, recorder)
+    excerpt = Excerpt(subfolder=subfolder or "", variant=variant, prefix=prefix, select=select)
+    checkpoint = read_headers(source, access, recorder, excerpt)
     wanted = None if dtype is None else str(dtype).removeprefix("torch.")
     planned = _plan(checkpoint, wanted, max_shard_bytes, recorder)
     with PeakWatch() as watch:
@@ -154,8 +167,7 @@ def _place(source: Source, destination: Path) -> Path:
 
 
 def _plan(checkpoint: Checkpoint, wanted: str | None, max_shard_bytes: int, recorder: Recorder) -> _Planned:
-    if checkpoint.format is Format.GGUF:
-        checkpoint = replace(checkpoint, config=config_from_metadata(checkpoint))
+    checkpoint = with_vocabulary(with_config(checkpoint))
     if not checkpoint.tensors:
         raise NotACheckpoint(
             f"{checkpoint.files[0].path}: expected tensors, found none; pass a file that holds weights."
@@ -192,11 +204,13 @@ def _roles(checkpoint: Checkpoint, dtype: str, casts: bool, recorder: Recorder) 
 
 
 def _fingerprint(planned: _Planned) -> str:
-    """Of everything that decides which bytes are written: the source's files, and the headers of the new ones."""
+    """Of everything that decides which bytes are written: the source's files, what is read, the new files' headers."""
     digest = hashlib.sha256(__version__.encode())
     for file in planned.checkpoint.files:
-        status = file.path.stat()
-        digest.update(repr((str(file.path.resolve()), status.st_size, status.st_mtime_ns)).encode())
+        mtime_ns = file.version.mtime_ns if file.version else None
+        digest.update(repr((str(file.path.resolve()), file.nbytes, mtime_ns)).encode())
+    for name, info in planned.checkpoint.tensors.items():
+        digest.update(repr((name, info.file.name, info.offset)).encode())
     for shard in planned.shards:
         digest.update(shard.name.encode() + shard.header)
     return digest.hexdigest()[:16]
@@ -215,6 +229,7 @@ def _fill(folder: NewFolder, planned: _Planned, recorder: Recorder) -> tuple[str
             folder.add(name, content)
         told.text = ", ".join(sorted(set(folder.sums) - set(planned.names)))
     with recorder.stage("put in place"):
+        check_unchanged(planned.checkpoint.files)
         folder.publish()
     return resumed
 
@@ -224,14 +239,29 @@ def _side_contents(planned: _Planned) -> Iterator[tuple[str, bytes]]:
     checkpoint = planned.checkpoint
     if len(planned.shards) > 1:
         yield INDEX_NAME, index_text(planned.shards).encode()
-    if checkpoint.format is Format.GGUF:
-        yield from side_files_of(checkpoint, planned.dtype.value)
-        return
-    for name, path in side_files(checkpoint.root).items():
+    copied = _copied(checkpoint)
+    if checkpoint.format is Format.GGUF or checkpoint.params is not None:
+        if CONFIG not in copied:
+            made = config_files(checkpoint, planned.dtype.value)
+            yield from ((name, content) for name, content in made if name not in copied)
+        yield from tokenizer_files(checkpoint)
+    for name, path in copied.items():
         if name == CONFIG and planned.casts:
             yield CONFIG, json_text(with_dtype(checkpoint.config or {}, planned.dtype.value))
         else:
             yield name, path.read_bytes()
+
+
+def _copied(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files beside the weights that belong to the result as they are."""
+    if checkpoint.format is Format.GGUF:
+        return {}
+    if checkpoint.params is None:
+        return side_files(checkpoint.root)
+    # What describes Meta's layout would describe nothing in the new folder.
+    replaced = {checkpoint.root / PARAMS_NAME, bare_vocabulary(checkpoint.root)}
+    found = side_files(checkpoint.root, described_by=PARAMS_NAME)
+    return {name: path for name, path in found.items() if path not in replaced}
 
 
 def _leftover_notes(destination: Path) -> Sequence[str]:

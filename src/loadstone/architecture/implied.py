@@ -1,4 +1,4 @@
-"""Configs that no config.json states: those of GGUF headers and of Meta's params.json."""
+"""Configs that no config.json states, those of GGUF headers and of Meta's params.json, and bare vocabularies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from loadstone.architecture.gguf import config_from_metadata
 from loadstone.architecture.meta_llama import config_from_params
+from loadstone.architecture.meta_tokenizer import bare_vocabulary, tokenizer_metadata
 from loadstone.checkpoint.values import Checkpoint, Format
 
 
@@ -21,3 +22,15 @@ def with_config(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.config is None and checkpoint.params is not None:
         return replace(checkpoint, config=config_from_params(checkpoint))
     return checkpoint
+
+
+def with_vocabulary(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what the bare tokenizer.model of Meta's layout says, as a GGUF header says it in metadata.
+
+    Raises:
+        InvalidHeader: that file cannot be read.
+    """
+    path = None if checkpoint.params is None else bare_vocabulary(checkpoint.root)
+    if path is None:
+        return checkpoint
+    return replace(checkpoint, metadata={**checkpoint.metadata, **tokenizer_metadata(path)})

@@ -8,18 +8,15 @@ Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/args.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loadstone.architecture.gguf_layouts import UnpermuteHeads
-from loadstone.architecture.keymap import Assignment, KeyMap, Part
+from loadstone.architecture.keymap import Assignment, KeyMap, Part, list_names
 from loadstone.checkpoint.meta_ranks import name_and_rank
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.errors import CheckpointMismatch, InvalidConfig, MissingShard, UnsupportedFormat
-
-if TYPE_CHECKING:  # it imports torch, and the config is wanted before that
-    from loadstone.architecture.skeleton import Slot
 
 # What is understood. Widths are those of the tensors: multiple_of and ffn_dim_multiplier only say how they came about.
 _WIDTHS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps"}
@@ -49,31 +46,35 @@ class _Rule:
 
     Attributes:
         name: of the parameter.
+        shape: of the parameter, each side by its name in `_sides`.
         dim: the dimension along which ranks share it; None where the shapes must tell.
         heads: the config field with the number of heads whose rows are permuted, if they are.
     """
 
     name: str
+    shape: tuple[str, ...]
     dim: int | None = 0
     heads: str | None = None
 
 
 _TOP = {
     # Llama 1 and 2 share the width of the embedding among the ranks, Llama 3 the vocabulary.
-    "tok_embeddings.weight": _Rule(name="model.embed_tokens.weight", dim=None),
-    "norm.weight": _Rule(name="model.norm.weight"),
-    "output.weight": _Rule(name="lm_head.weight"),
+    "tok_embeddings.weight": _Rule(name="model.embed_tokens.weight", shape=("tokens", "width"), dim=None),
+    "norm.weight": _Rule(name="model.norm.weight", shape=("width",)),
+    "output.weight": _Rule(name="lm_head.weight", shape=("tokens", "width")),
 }
 _LAYER = {
-    "attention_norm.weight": _Rule(name="input_layernorm.weight"),
-    "ffn_norm.weight": _Rule(name="post_attention_layernorm.weight"),
-    "attention.wq.weight": _Rule(name="self_attn.q_proj.weight", heads="num_attention_heads"),
-    "attention.wk.weight": _Rule(name="self_attn.k_proj.weight", heads="num_key_value_heads"),
-    "attention.wv.weight": _Rule(name="self_attn.v_proj.weight"),
-    "attention.wo.weight": _Rule(name="self_attn.o_proj.weight", dim=1),
-    "feed_forward.w1.weight": _Rule(name="mlp.gate_proj.weight"),
-    "feed_forward.w2.weight": _Rule(name="mlp.down_proj.weight", dim=1),
-    "feed_forward.w3.weight": _Rule(name="mlp.up_proj.weight"),
+    "attention_norm.weight": _Rule(name="input_layernorm.weight", shape=("width",)),
+    "ffn_norm.weight": _Rule(name="post_attention_layernorm.weight", shape=("width",)),
+    "attention.wq.weight": _Rule(
+        name="self_attn.q_proj.weight", shape=("queries", "width"), heads="num_attention_heads"
+    ),
+    "attention.wk.weight": _Rule(name="self_attn.k_proj.weight", shape=("keys", "width"), heads="num_key_value_heads"),
+    "attention.wv.weight": _Rule(name="self_attn.v_proj.weight", shape=("keys", "width")),
+    "attention.wo.weight": _Rule(name="self_attn.o_proj.weight", shape=("width", "queries"), dim=1),
+    "feed_forward.w1.weight": _Rule(name="mlp.gate_proj.weight", shape=("inner", "width")),
+    "feed_forward.w2.weight": _Rule(name="mlp.down_proj.weight", shape=("width", "inner"), dim=1),
+    "feed_forward.w3.weight": _Rule(name="mlp.up_proj.weight", shape=("inner", "width")),
 }
 # Computed from the config.
 _LEFT_OUT = "rope.freqs"
@@ -99,7 +100,7 @@ def config_from_params(checkpoint: Checkpoint) -> dict[str, Any]:
     _check(params, where)
     dim, heads = params["dim"], params["n_heads"]
     is_mistral = "hidden_dim" in params
-    rows = _rows(checkpoint)
+    rows = _rows(checkpoint, dim)
     config: dict[str, Any] = {
         "model_type": "mistral" if is_mistral else "llama",
         "architectures": ["MistralForCausalLM" if is_mistral else "LlamaForCausalLM"],
@@ -150,13 +151,13 @@ def _is_valid(key: str, value: Any) -> bool:
     return type(value) in ((int, float) if key in _FRACTIONS else (int,)) and 0 < value < _MAX_SETTING
 
 
-def _rows(checkpoint: Checkpoint) -> dict[str, int]:
-    """The rows of each matrix, those of all ranks together."""
-    rows: dict[str, int] = {}
+def _rows(checkpoint: Checkpoint, width: int) -> dict[str, int]:
+    """The rows of each matrix that has so many columns, in whichever direction ranks share it."""
+    numels: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         whole, _ = name_and_rank(name)
-        rows[whole] = rows.get(whole, 0) + (info.shape[0] if info.shape else 0)
-    return rows
+        numels[whole] = numels.get(whole, 0) + info.numel
+    return {name: numel // width for name, numel in numels.items()}
 
 
 def _found(rows: Mapping[str, int], name: str, where: str) -> int:
@@ -192,12 +193,58 @@ def _context(params: Mapping[str, Any], is_mistral: bool) -> int:
     return 4096 if theta <= 10000 else 8192 if theta == 500000 else 16384
 
 
-def map_meta_keys(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> KeyMap:
+def map_whole_model(checkpoint: Checkpoint) -> KeyMap:
+    """The key map of the model that params.json describes, for whoever has no module.
+
+    Args:
+        checkpoint: one with `params`.
+
+    Raises:
+        ConfigError: params.json makes no config.
+        MissingShard: the slices of a tensor are too few to make a whole.
+        CheckpointMismatch: they do not make one, have no place, or leave one empty.
+    """
+    config = config_from_params(checkpoint)
+    # More layers than tensors cannot all be there: what a file promises must not decide how much is listed.
+    shapes = _shapes(config, min(config["num_hidden_layers"], len(checkpoint.tensors)))
+    keymap = map_meta_keys(replace(checkpoint, config=config), shapes)
+    if keymap.unexpected:
+        raise CheckpointMismatch(
+            f"{checkpoint.root}: expected only tensors of the model that params.json describes, found others, which "
+            f"belong nowhere: {list_names(keymap.unexpected)}; use the params.json that belongs to them.",
+            unexpected=keymap.unexpected,
+        )
+    filled = {entry.target for entry in keymap.assignments}
+    if missing := tuple(name for name in shapes if name not in filled):
+        raise CheckpointMismatch(
+            f"{checkpoint.root}: expected all tensors of the model that params.json describes, found none for "
+            f"{list_names(missing)}; this layout is read as a whole: pass all of its files and tensors.",
+            missing=missing,
+        )
+    return keymap
+
+
+def _shapes(config: Mapping[str, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a model of so many layers, by name."""
+    sides = {
+        "tokens": config["vocab_size"],
+        "width": config["hidden_size"],
+        "inner": config["intermediate_size"],
+        "queries": config["num_attention_heads"] * config["head_dim"],
+        "keys": config["num_key_value_heads"] * config["head_dim"],
+    }
+    names = [name for name in _TOP if name != "output.weight" or not config["tie_word_embeddings"]]
+    names += [f"layers.{layer}.{name}" for layer in range(num_layers) for name in _LAYER]
+    rules = [rule for name in names if (rule := _rule(name))]
+    return {rule.name: tuple(sides[side] for side in rule.shape) for rule in rules}
+
+
+def map_meta_keys(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
     """Find the place of each tensor, and of each rank's slice in it.
 
     Args:
         checkpoint: one with `params` and `config`.
-        slots: the module's places.
+        shapes: the shape of each of the module's places, by name.
 
     Raises:
         MissingShard: the slices are too few to make a whole.
@@ -213,11 +260,11 @@ def map_meta_keys(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> KeyMap:
         rule = _rule(whole)
         if whole == _LEFT_OUT:
             left_out.append(whole)
-        elif rule is None or rule.name not in slots:
+        elif rule is None or rule.name not in shapes:
             unexpected.extend(info.name for info in infos)
         else:
             infos.sort(key=lambda info: name_and_rank(info.name)[1])
-            parts = _parts(infos, rule, slots[rule.name].shape, checkpoint)
+            parts = _parts(infos, rule, shapes[rule.name], checkpoint)
             assignments.append(Assignment(target=rule.name, parts=parts))
     notes = tuple(f"{name} is computed from the config instead" for name in left_out)
     return KeyMap(assignments=tuple(assignments), unexpected=tuple(unexpected), notes=notes)
@@ -231,7 +278,7 @@ def _rule(name: str) -> _Rule | None:
     if prefix != "layers" or leaf not in _LAYER:
         return None
     rule = _LAYER[leaf]
-    return _Rule(name=f"model.layers.{number}.{rule.name}", dim=rule.dim, heads=rule.heads)
+    return replace(rule, name=f"model.layers.{number}.{rule.name}")
 
 
 def _parts(

@@ -15,8 +15,10 @@ from typing import Any
 
 from loadstone.architecture.gguf_tokenizer import byte_alphabet, implied_merges
 from loadstone.checkpoint.files import open_regular
+from loadstone.checkpoint.layout import PARAMS_NAME
 from loadstone.errors import InvalidHeader
 
+VOCABULARY_NAME = "tokenizer.model"
 _MAX_BYTES = 64_000_000
 _TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+=*) (\d+)")
 
@@ -39,6 +41,13 @@ _SPECIAL = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
+
+
+def bare_vocabulary(root: Path) -> Path | None:
+    """The tokenizer.model of Meta's layout in a folder, where nothing else there describes the tokenizer."""
+    described = any((root / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    path = root / VOCABULARY_NAME
+    return path if not described and (root / PARAMS_NAME).is_file() and path.is_file() else None
 
 
 def tokenizer_metadata(path: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class TransformersModel:
         if around.checkpoint.format is Format.GGUF:
             return _gguf_keys(around.checkpoint, around.slots)
         if around.checkpoint.params is not None:
-            return map_meta_keys(around.checkpoint, around.slots)
+            return map_meta_keys(around.checkpoint, {name: slot.shape for name, slot in around.slots.items()})
         return map_keys(module, around)
 
     def expected_missing(self, module: nn.Module, missing: set[str]) -> set[str]:

@@ -11,9 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loadstone.architecture.gguf_tokenizer import tokenizer_config, tokenizer_json
-from loadstone.architecture.meta_tokenizer import tokenizer_metadata
+from loadstone.architecture.meta_tokenizer import bare_vocabulary, tokenizer_metadata
 from loadstone.checkpoint.files import open_regular
-from loadstone.checkpoint.layout import PARAMS_NAME
 from loadstone.errors import InvalidHeader, NotACheckpoint
 from loadstone.units import format_bytes
 
@@ -37,9 +36,8 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Any:
         InvalidHeader: the bare tokenizer.model of Meta's layout cannot be read.
     """
     _check_files(root)
-    described = any((root / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if not described and (root / PARAMS_NAME).is_file() and (root / "tokenizer.model").is_file():
-        return load_gguf_tokenizer(tokenizer_metadata(root / "tokenizer.model"))
+    if (vocabulary := bare_vocabulary(root)) is not None:
+        return load_gguf_tokenizer(tokenizer_metadata(vocabulary))
     try:
         return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # what a damaged file makes of transformers and tokenizers has no common base

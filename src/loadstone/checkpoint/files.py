@@ -88,7 +88,7 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
             raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass a weight file.")
-        yield OpenFile(path=path, fd=fd, nbytes=status.st_size, version=_version(status))
+        yield OpenFile(path=path, fd=fd, nbytes=status.st_size, version=version_of(status))
     finally:
         os.close(fd)
 
@@ -102,7 +102,7 @@ def check_unchanged(files: Iterable[CheckpointFile]) -> None:
     """
     for file in files:
         try:
-            version = _version(file.path.stat())
+            version = version_of(file.path.stat())
         except OSError as error:
             raise unreadable(file.path, error) from None
         if file.version is not None and version != file.version:
@@ -120,7 +120,8 @@ def unreadable(path: Path, error: OSError) -> UnreadableFile:
     )
 
 
-def _version(status: os.stat_result) -> FileVersion:
+def version_of(status: os.stat_result) -> FileVersion:
+    """Which file the system described."""
     return FileVersion(device=status.st_dev, inode=status.st_ino, nbytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
 

@@ -19,12 +19,12 @@ _TEMPLATES = "additional_chat_templates/*.jinja"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def side_files(folder: Path) -> dict[str, Path]:
-    """The files that belong to a model, by their name in the folder; none where there is no config.json.
+def side_files(folder: Path, *, described_by: str = CONFIG) -> dict[str, Path]:
+    """The files that belong to a model, by their name in the folder; none where the one that describes it is not there.
 
     Without one the folder is any folder, a download folder perhaps, and what lies there belongs to others.
     """
-    if not (folder / CONFIG).is_file():
+    if not (folder / described_by).is_file():
         return {}
     names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in SIDE_FILES)]
     names = [name for name in names if not is_index(name)]

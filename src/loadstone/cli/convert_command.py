@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from loadstone.cli import options
+from loadstone.cli.loading import SourceOptions, with_options
 from loadstone.cli.progress import shown
 from loadstone.units import parse_bytes
 
@@ -16,10 +17,15 @@ loadstone convert model.gguf ./model --dtype bfloat16
 
 loadstone convert ./model-with-bin-files ./model-with-safetensors
 
+loadstone convert ./Llama-2-7b ./Llama-2-7b-hf
+
+loadstone convert sd-v1-5.safetensors ./text-encoder --prefix cond_stage_model.transformer.
+
 loadstone convert ./model ./model-in-small-files --max-shard-size 500MB --json
 """
 
 
+@with_options
 def convert_command(
     source: Annotated[str, typer.Argument(help="A folder, a weight file or a hub id.")],
     destination: Annotated[str, typer.Argument(help="The folder to make; it must not exist yet, or be empty.")],
@@ -33,8 +39,8 @@ def convert_command(
     max_shard_size: Annotated[
         str, typer.Option(help="The most bytes of tensors in a file, such as 500MB or 2GiB.")
     ] = "5GB",
-    revision: options.Revision = None,
-    local_files_only: options.LocalOnly = False,
+    *,
+    wanted: SourceOptions,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -53,8 +59,12 @@ def convert_command(
             destination,
             dtype=dtype,
             max_shard_size=max_shard_bytes,
-            revision=revision,
-            local_files_only=local_files_only,
+            revision=wanted.revision,
+            subfolder=wanted.subfolder,
+            variant=wanted.variant,
+            prefix=wanted.prefix,
+            select=wanted.select or None,
+            local_files_only=wanted.local_files_only,
             progress=observer,
         )
     if as_json:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from loadstone.architecture.gguf import assignments_of, tensor_targets
 from loadstone.architecture.gguf_layouts import computes, shape_without
-from loadstone.architecture.keymap import Assignment, Part, list_names
+from loadstone.architecture.keymap import Assignment, KeyMap, Part, list_names
+from loadstone.architecture.meta_llama import map_whole_model
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.checkpoint.write import NewTensor
 from loadstone.dtypes import DTYPES
@@ -99,25 +101,30 @@ def plan_conversion(checkpoint: Checkpoint, dtype: str | None, roles: Roles) -> 
     """Say what is written.
 
     Args:
-        checkpoint: what is read; with its config, if it is GGUF.
+        checkpoint: what is read; with its config, if its headers imply one.
         dtype: torch's name of the dtype that floating-point tensors are cast to; None leaves each as it is stored, and
             decodes blocks to float32.
         roles: what the class says of its tensors.
 
     Raises:
-        CheckpointMismatch: GGUF tensors that have no place, or that leave a part of one empty.
+        CheckpointMismatch: tensors of GGUF or of Meta's layout that have no place, or that leave a part of one empty.
+        MissingShard: the slices of a rank are missing.
     """
-    if checkpoint.format is Format.GGUF:
-        entries = assignments_of(checkpoint, tensor_targets(checkpoint, checkpoint.config or {}))
-    else:
-        names = [name for name in checkpoint.tensors if name not in roles.spare]
-        entries = tuple(Assignment(target=name, parts=(Part(source=name),)) for name in names)
-    tensors = tuple(_new_tensor(entry, checkpoint.tensors, dtype, roles.kept) for entry in entries)
+    keymap = _keymap(checkpoint, roles)
     return Conversion(
-        tensors=tensors,
-        assignments={entry.target: entry for entry in entries},
-        notes=tuple(_notes(checkpoint, dtype, roles)),
+        tensors=tuple(_new_tensor(entry, checkpoint.tensors, dtype, roles.kept) for entry in keymap.assignments),
+        assignments={entry.target: entry for entry in keymap.assignments},
+        notes=(*keymap.notes, *_notes(checkpoint, dtype, roles)),
     )
+
+
+def _keymap(checkpoint: Checkpoint, roles: Roles) -> KeyMap:
+    if checkpoint.format is Format.GGUF:
+        return KeyMap(assignments=assignments_of(checkpoint, tensor_targets(checkpoint, checkpoint.config or {})))
+    if checkpoint.params is not None:
+        return map_whole_model(checkpoint)
+    names = [name for name in checkpoint.tensors if name not in roles.spare]
+    return KeyMap(assignments=tuple(Assignment(target=name, parts=(Part(source=name),)) for name in names))
 
 
 def _notes(checkpoint: Checkpoint, dtype: str | None, roles: Roles) -> Iterable[str]:
@@ -165,17 +172,19 @@ def _new_tensor(
 def _shape(entry: Assignment, infos: Sequence[TensorInfo]) -> tuple[int, ...]:
     """The shape of a tensor that parts fill; all of it must be filled."""
     shapes = [shape_without(part.layout, info.shape) for part, info in zip(entry.parts, infos, strict=True)]
-    indexes = [part.index for part in entry.parts]
-    if indexes == [None]:
+    if len(entry.parts) == 1 and entry.parts[0].index is None:
         return shapes[0]
     whole = list(shapes[0])
     filled = 0
-    for index, shape in zip(indexes, shapes, strict=True):
-        dim = len(index or ()) - 1
-        if not index or len(shape) != len(whole) or len(shape) <= dim:
+    for part, shape in zip(entry.parts, shapes, strict=True):
+        dim = 0 if part.index is None else len(part.index) - 1
+        if len(shape) != len(whole) or len(shape) <= dim:
             raise _unfilled(entry)
-        whole[dim] = max(whole[dim], index[-1].stop)
+        # Stretches follow one another in the order of the parts; slices lie where their index says.
+        if part.index is None and part.start != filled * prod(shape[1:]):
+            raise _unfilled(entry)
         filled += shape[dim]
+        whole[dim] = max(whole[dim], filled if part.index is None else part.index[-1].stop)
     if filled != whole[dim]:
         raise _unfilled(entry)
     return tuple(whole)

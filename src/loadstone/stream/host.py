@@ -5,16 +5,19 @@ Nothing here knows torch, so that it can begin while torch is still being import
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadstone.checkpoint.files import unreadable
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
-from loadstone.errors import TruncatedFile
+from loadstone.errors import TruncatedFile, UnreadableFile
 from loadstone.events import Observer
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for, through
@@ -48,6 +51,17 @@ class FileMaps:
         if info.offset + info.nbytes > mapped.size:
             raise _cut_short(info, mapped.size)
         return mapped[info.offset : info.offset + info.nbytes]
+
+
+def lost(info: TensorInfo) -> TruncatedFile | UnreadableFile:
+    """The fault of a tensor whose mapped bytes are not there any more."""
+    try:
+        found_bytes = info.file.stat().st_size
+    except OSError as error:
+        return unreadable(info.file, error)
+    if found_bytes < info.offset + info.nbytes:
+        return _cut_short(info, found_bytes)
+    return unreadable(info.file, OSError(errno.EIO, os.strerror(errno.EIO)))
 
 
 def _cut_short(info: TensorInfo, found_bytes: int) -> TruncatedFile:
@@ -233,7 +247,7 @@ class Ahead:
         with Toucher() as toucher:
             for begin in range(0, data.size, TOUCH_BYTES):
                 if not toucher.touch(data[begin : begin + TOUCH_BYTES]):
-                    raise _cut_short(info, info.file.stat().st_size)
+                    raise lost(info)
         return data
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,8 @@ PAGE_BYTES = mmap.PAGESIZE
 _SLAB_BYTES = 8 << 20
 _NUM_PROBES = 64
 _ALIGNMENT = 64
+# The most pieces of one call. Source: https://man7.org/linux/man-pages/man2/writev.2.html (IOV_MAX)
+_MAX_PIECES = 1024
 
 Bytes = NDArray[np.uint8]
 
@@ -130,6 +133,71 @@ class Toucher:
         np.add(_PAGES, np.uint64(aligned), out=self._pieces[:, 0])
         os.lseek(self._sink, 0, os.SEEK_SET)
         return bool(_libc.writev(self._sink, self._pieces.ctypes.data, count) == count)
+
+
+class Gatherer:
+    """Copies elements that lie apart in a mapped file, for one thread, by having the kernel do it.
+
+    Where a process that reads a page that is gone is ended by SIGBUS, the kernel copies less and says so.
+    """
+
+    def __init__(self) -> None:
+        memory = getattr(os, "memfd_create", None)
+        self._sink = memory("loadstone-gather") if memory else _unlinked_file()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what the kernel copies into."""
+        os.close(self._sink)
+
+    def copy(self, view: NDArray[Any], destination: Bytes) -> bool:
+        """Copy the elements of a view, in its order.
+
+        Args:
+            view: over a map, with any strides.
+            destination: as many bytes as its elements take.
+
+        Returns:
+            Whether all of them are there; not so if the file was cut short after it was mapped.
+        """
+        if not view.size:
+            return True
+        addresses, run_bytes = _runs(view)
+        done = 0
+        for begin in range(0, addresses.size, _MAX_PIECES):
+            some = addresses[begin : begin + _MAX_PIECES]
+            # An `iovec` for each run: its address and its length.
+            pieces = np.stack((some, np.full_like(some, run_bytes)), axis=1)
+            place = destination[done : done + some.size * run_bytes]
+            os.lseek(self._sink, 0, os.SEEK_SET)
+            if _libc.writev(self._sink, pieces.ctypes.data, some.size) != place.size:
+                return False
+            os.preadv(self._sink, [place.data], 0)
+            done += place.size
+        return True
+
+
+def _unlinked_file() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _runs(view: NDArray[Any]) -> tuple[NDArray[np.uint64], int]:
+    """The address of each run of neighbouring bytes of a view, in its order, and how long such a run is."""
+    sides = [(size, stride) for size, stride in zip(view.shape, view.strides, strict=True) if size != 1]
+    run_bytes = view.itemsize
+    while sides and sides[-1][1] == run_bytes:
+        run_bytes *= sides.pop()[0]
+    addresses = np.array([view.ctypes.data], np.uint64)
+    for size, stride in sides:
+        steps = np.arange(size, dtype=np.uint64) * np.uint64(stride)
+        addresses = np.add.outer(addresses, steps).reshape(-1)
+    return addresses, run_bytes
 
 
 def cached_part(array: Bytes) -> float:

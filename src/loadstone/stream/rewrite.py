@@ -24,8 +24,8 @@ from loadstone.checkpoint.write import Shard
 from loadstone.events import BytesMoved, Observer, ignore
 from loadstone.hardware.memory import num_cores
 from loadstone.stream.host import FileMaps
-from loadstone.stream.memory import Bytes, anonymous
-from loadstone.stream.pieces import Piece, Room, compose_bytes, pieces_of
+from loadstone.stream.memory import Bytes, Gatherer, anonymous
+from loadstone.stream.pieces import Piece, Room, compose_bytes, gather_bytes, pieces_of
 from loadstone.stream.read import CHUNK_BYTES, Reader
 from loadstone.stream.source import ALIGNMENT, staging_bytes
 
@@ -74,8 +74,9 @@ def bound_bytes(shards: Sequence[Shard], sources: Sources, cores: int) -> int:
         ),
         default=0,
     )
+    gathered = _files_at_once(shards, cores) * gather_bytes(sources.tensors.values())
     described = _TENSOR_BYTES * sum(len(shard.tensors) for shard in shards)
-    return slots + threads + composed + described + _FIXED_BYTES
+    return slots + threads + composed + gathered + described + _FIXED_BYTES
 
 
 def rewrite(shards: Sequence[Shard], sources: Sources, folder: NewFolder, observer: Observer = ignore) -> None:
@@ -130,10 +131,10 @@ class _Run:
         # Not the module's open(): a descriptor is written at offsets, and nothing is buffered.
         fd = os.open(self.folder.path / shard.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            with ThreadPoolExecutor(1, "loadstone-hash") as hasher:
+            with ThreadPoolExecutor(1, "loadstone-hash") as hasher, Gatherer() as gatherer:
                 _write(fd, memoryview(shard.header), 0)
                 self._tell(len(shard.header))
-                for offset, data in self._produced(shard):
+                for offset, data in self._produced(shard, gatherer):
                     hashed = hasher.submit(digest.update, data.data)
                     try:
                         _write(fd, data.data, offset)
@@ -146,7 +147,7 @@ class _Run:
             with self.lock:
                 self.folder.finish(shard.name, digest.hexdigest())
 
-    def _produced(self, shard: Shard) -> Iterator[tuple[int, Bytes]]:
+    def _produced(self, shard: Shard, gatherer: Gatherer) -> Iterator[tuple[int, Bytes]]:
         """The pieces of a file in order, with some more being read behind the one that is given."""
         pieces = pieces_of(shard, self.sources.assignments, self.sources.tensors, SLOT_BYTES)
         free = [anonymous(SLOT_BYTES + ALIGNMENT) for _ in range(_NUM_SLOTS)]
@@ -154,7 +155,8 @@ class _Run:
         while not self.stopped.is_set():
             for piece in islice(pieces, len(free)):
                 slot = free.pop()
-                ahead.append((piece, slot, piece.begin(Room(slot=slot, reader=self.reader, maps=self.maps))))
+                room = Room(slot=slot, reader=self.reader, maps=self.maps, gatherer=gatherer)
+                ahead.append((piece, slot, piece.begin(room)))
             if not ahead:
                 return
             piece, slot, finish = ahead.popleft()

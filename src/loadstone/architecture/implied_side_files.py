@@ -1,4 +1,4 @@
-"""What a GGUF header describes beside the weights, as files: config, generation config, tokenizer; without torch."""
+"""What GGUF headers and Meta's layout describe in their own words, as files: config, generation config, tokenizer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loadstone.architecture.gguf_tokenizer import tokenizer_config, tokenizer_json
+from loadstone.architecture.meta_tokenizer import VOCABULARY_NAME
 from loadstone.checkpoint.side_files import CONFIG, GENERATION_CONFIG, json_text, with_dtype
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import InvalidHeader, UnsupportedFormat
@@ -24,22 +25,37 @@ _CUT_TOKEN_BYTES = 4096
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether a GGUF header describes a tokenizer."""
+    """Whether a GGUF header describes a tokenizer, or a bare vocabulary was read."""
     return "tokenizer.ggml.model" in checkpoint.metadata
 
 
 def vocabulary_bytes(checkpoint: Checkpoint) -> int:
-    """The most memory that making the files takes, by what the header holds."""
+    """The most memory that making the files takes, by the vocabulary."""
     tokens, merges = (checkpoint.metadata.get(f"tokenizer.ggml.{name}") or () for name in ("tokens", "merges"))
     return _ENTRY_BYTES * (len(tokens) + len(merges)) + (0 if merges else _CUT_TOKEN_BYTES * len(tokens))
 
 
-def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, bytes]]:
-    """Make the files, one after the other.
+def config_files(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, bytes]]:
+    """Make config.json and, for what generates, generation_config.json.
 
     Args:
-        checkpoint: of a GGUF file, with its config.
+        checkpoint: with the config that its headers imply.
         dtype: torch's name of the dtype that the weights are loaded in.
+
+    Yields:
+        Name and content.
+    """
+    config = checkpoint.config or {}
+    yield CONFIG, json_text(with_dtype(config, dtype))
+    if str(config["architectures"][0]).endswith(_GENERATING):
+        yield GENERATION_CONFIG, json_text(checkpoint.generation_config or _generation_config(config))
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Make the files of the tokenizer that a GGUF header describes, or a bare vocabulary; nothing where there is none.
+
+    Args:
+        checkpoint: with that in its metadata.
 
     Yields:
         Name and content.
@@ -48,17 +64,14 @@ def side_files_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, byt
         UnsupportedFormat: a tokenizer that is not known.
         InvalidHeader: a tokenizer that contradicts itself.
     """
-    config = checkpoint.config or {}
-    yield CONFIG, json_text(with_dtype(config, dtype))
-    if str(config["architectures"][0]).endswith(_GENERATING):
-        yield GENERATION_CONFIG, json_text(checkpoint.generation_config or _generation_config(config))
     if not has_tokenizer(checkpoint):
         return
     try:
         content = json.dumps(tokenizer_json(checkpoint.metadata), ensure_ascii=False, separators=(",", ":"))
         described = tokenizer_config(checkpoint.metadata)
     except (InvalidHeader, UnsupportedFormat) as error:
-        raise type(error)(f"{checkpoint.files[0].path}: {error}") from error
+        where = checkpoint.files[0].path if checkpoint.params is None else checkpoint.root / VOCABULARY_NAME
+        raise type(error)(f"{where}: {error}") from error
     yield "tokenizer.json", content.encode()
     template = described.pop("chat_template", None)
     if isinstance(template, str):
