@@ -12,6 +12,7 @@ from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.spec import Rates
 from loadstone.plan.choose import Choice
 from loadstone.plan.load_peak import LoadPeak
+from loadstone.plan.values import Plan
 from loadstone.report.machine import rates_line
 from loadstone.units import format_bytes, format_count, format_rate, format_seconds
 
@@ -62,6 +63,7 @@ class LoadReport:
         before: resident memory when the load began.
         peak: the most resident memory during the load.
         foretold: what the load itself would take of the host's memory at most, computed before it read a tensor.
+        plan: the plan that was followed; None where everything fitted with room to spare.
         rates: what the machine was measured to do at best; None where it was not measured.
         cuda: the allocator's figures, on CUDA.
         notes: what was noticed.
@@ -86,6 +88,7 @@ class LoadReport:
     before: ResidentBytes
     peak: ResidentBytes
     foretold: LoadPeak
+    plan: Plan | None = None
     rates: Rates | None = None
     cuda: CudaMemory | None = None
     notes: tuple[str, ...] = ()
