@@ -2,9 +2,9 @@
 
 Checkpoints of real geometries (some with fewer layers, random weights): dense, grouped-query, mixture of experts,
 sliding windows, encoder, encoder-decoder. Each case is a fresh process that imports everything, plans, loads by that
-plan, computes a prompt and a few tokens after it, and compares the peak of anonymous memory above its level after imports
-with `Plan.devices[-1].anonymous_bytes`, and both kinds of pass with the predicted seconds (the machine is measured
-first).
+plan, and computes a prompt and a few tokens after it. Compared are the peak of anonymous memory above its level after
+imports with `Plan.devices[-1].anonymous_bytes`, and both kinds of pass with the predicted seconds (the machine is
+measured first).
 
     python benchmarks/bench_plan.py
 """
