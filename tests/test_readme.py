@@ -32,8 +32,18 @@ def test_the_first_example_loads_and_reports(
     here: Path, chatty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(chatty_folder, here / "Qwen" / "Qwen2.5-7B-Instruct")
-    exec(example('loadstone.load("Qwen/'), {})
+    exec(example("a folder, a file, a GGUF, a hub id"), {})
     assert "LlamaForCausalLM from Qwen/Qwen2.5-7B-Instruct" in capsys.readouterr().out
+
+
+def test_the_example_of_a_budget_follows_a_plan(
+    here: Path, chatty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import loadstone
+
+    shutil.copytree(chatty_folder, here / "Qwen" / "Qwen2.5-7B-Instruct")
+    exec(example("small = loadstone.load("), {"loadstone": loadstone})
+    assert capsys.readouterr().out == "0 None\n"  # a model this small is kept whole
 
 
 def test_the_demo_in_python_answers(

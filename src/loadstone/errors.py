@@ -30,6 +30,7 @@
     ├── DeviceUnavailable           the device asked for is not there
     ├── DoesNotFit                  no plan keeps within the memory allowed
     ├── InvalidPlan                 a plan that cannot be read, or is no longer true
+    ├── PlanNotSupported            a plan that cannot be carried out yet
     └── InvalidMachine              no machine of that name, or a machine file that cannot be used
 
 A message says where, what was expected, what was found, and what to do. Misuse of an argument stays
@@ -188,6 +189,10 @@ class DoesNotFit(LoadstoneError):
 
 class InvalidPlan(LoadstoneError):
     """A plan file cannot be read, or describes another checkpoint or machine."""
+
+
+class PlanNotSupported(LoadstoneError):
+    """A plan that is right, and that this version cannot carry out yet."""
 
 
 class InvalidMachine(LoadstoneError):

@@ -106,9 +106,9 @@ def test_a_device_map_comes_from_a_file_or_is_a_word(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-memory", "lots"], "max_memory of cpu is 'lots'; expected a size above zero"),
-        (["--max-memory", "-1GB"], "max_memory of cpu is '-1GB'"),
-        (["--max-memory", "cpu=0"], "max_memory of cpu is '0'"),
+        (["--max-memory", "lots"], "max_memory of cpu: expected a size such as 5GB, 500MB or 2GiB, found 'lots'"),
+        (["--max-memory", "-1GB"], "found '-1GB'"),
+        (["--max-memory", "cpu=0"], "max_memory of cpu: expected a size such as 5GB, 500MB or 2GiB, found '0'"),
         (["--max-memory", "cuda:9=1GB"], 'device "cuda:9" is not on this machine, which has:'),
         (["--device", "cuda:9"], 'device "cuda:9" is not on this machine'),
         (["--device-map", "cuda:9"], 'device_map: device "cuda:9" is not on this machine'),

@@ -20,7 +20,7 @@ from loadstone.architecture.skeleton import Slot, slots_of
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
-from loadstone.execute.attach import Streamed, attach, choose_streamed
+from loadstone.execute.attach import Streamed, attach, by_modules, choose_streamed
 from loadstone.execute.residency import Residency
 from loadstone.hardware.measured import known_rates
 from loadstone.hardware.memory import ResidentBytes
@@ -122,9 +122,11 @@ def assemble(begun: Begun) -> Assembled:
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
-    streaming = begun.request.streaming
+    streaming = begun.streaming
     if streaming is None:
         return Streamed()
+    if streaming.unit_of:
+        streaming = by_modules(mapped.keymap, streaming)
     return choose_streamed(mapped.module, mapped.keymap, mapped.targets, checkpoint, streaming)
 
 
@@ -135,7 +137,7 @@ def _without(keymap: KeyMap, streamed: Streamed) -> KeyMap:
 
 def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: Checkpoint) -> Residency | None:
     """The residency of a model that is streamed, told as a stage."""
-    streaming = begun.request.streaming
+    streaming = begun.streaming
     if streaming is None or not streamed.wanted:
         return None
     with begun.recorder.stage("streaming") as told:
@@ -196,7 +198,8 @@ def _described_in(begun: Begun) -> str:
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
-        wanted = begun.request.device if begun.request.streaming is None else "cpu"
+        wanted = begun.request.device if begun.plan is None else begun.plan.placements[0].compute
+        wanted = wanted if begun.streaming is None else "cpu"
         device = choose_device(probe(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
@@ -338,6 +341,7 @@ def _reporter(
             peak=peak,
             rates=known_rates(begun.checkpoint.files[0].path, cache_folder()),
             foretold=told.foretold,
+            plan=begun.plan,
             cuda=_cuda_memory(told.device.value),
             notes=told.notes,
         )

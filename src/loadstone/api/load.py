@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.api.pause import paused_gc
+from loadstone.api.planned import Wishes, plan_line, planned, streaming_of
 from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import tensor_targets
 from loadstone.architecture.implied import with_config
@@ -29,6 +30,7 @@ from loadstone.execute.values import Streaming
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
 from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, check_counts, choose_dtype
+from loadstone.plan.values import Plan
 from loadstone.stream import import_files
 from loadstone.stream.host import Ahead
 from loadstone.units import format_bytes, format_count
@@ -59,6 +61,7 @@ class Request:
     config: Mapping[str, Any] | None = None
     rename: RenameRules | None = None
     convert: Callable[..., Any] | None = None
+    wishes: Wishes = field(default_factory=Wishes)
     streaming: Streaming | None = None
 
     @property
@@ -77,6 +80,8 @@ class Begun:
         request: what was asked for.
         checkpoint: what the headers say.
         dtype: the floating-point dtype.
+        plan: what is followed; None where everything fits with room to spare.
+        streaming: what is read anew in each pass.
         ahead: the bytes.
         recorder: the stages so far.
         start: when it began, on the clock of `time.perf_counter`.
@@ -86,6 +91,8 @@ class Begun:
     request: Request
     checkpoint: Checkpoint
     dtype: Choice
+    plan: Plan | None
+    streaming: Streaming | None
     ahead: Ahead
     recorder: Recorder
     start: float
@@ -99,6 +106,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    plan: Plan | None = None,
+    max_memory: Mapping[str | int, str | int] | str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    prompt_tokens: int | None = None,
+    offload: bool = True,
     local_files_only: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -128,6 +142,14 @@ def load(
             is as stored for now (float32 for GGUF blocks).
         device: where the weights go, as torch writes it; None lets Loadstone choose.
         attn_implementation: as in transformers: "sdpa", "eager", "flash_attention_2", ...
+        plan: what `loadstone.plan` gave, to be followed. Without one, and where not everything fits with ease, one is
+            made from the six arguments that follow, and what does not fit is read from its files in each pass.
+        max_memory: the most that may be used, by device; see `loadstone.plan`.
+        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the start of names.
+        context: tokens of prompt and answer together, to plan memory for.
+        batch: sequences at a time, to plan memory for.
+        prompt_tokens: of one sequence, computed in one pass, to plan memory for.
+        offload: whether what does not fit may be read in each pass; otherwise that is an error.
         local_files_only: never ask the network.
         revision: the branch, tag or commit of a hub id.
         token: a hub token for gated models; by default the one `hf auth login` has stored.
@@ -178,6 +200,15 @@ def load(
         config=config,
         rename=rename,
         convert=convert,
+        wishes=Wishes(
+            plan=plan,
+            max_memory=max_memory,
+            context=context,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            device_map=device_map,
+            offload=offload,
+        ),
     )
     return carry_out(request, progress or ignore)
 
@@ -214,6 +245,12 @@ def _check(request: Request) -> None:
     for name in ("architecture", "attn_implementation"):
         if request.into is not None and getattr(request, name) is not None:
             raise ValueError(f"{name}= names something of transformers and cannot go with into=.")
+    if request.into is not None and request.wishes.any:
+        raise ValueError(
+            "a plan needs config.json and cannot go with into=; leave plan=, max_memory= and the like out."
+        )
+    if request.wishes.plan is not None and request.wishes != Wishes(plan=request.wishes.plan):
+        raise ValueError("plan= says everything already; leave max_memory=, device_map=, context= and the like out.")
     if request.streaming is not None and request.device not in (None, "cpu"):
         raise ValueError(f"device={request.device!r}: units can be streamed to the CPU only.")
 
@@ -228,12 +265,16 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     if request.into is None:
         checkpoint = _described(checkpoint)
         check_counts(checkpoint.config or {}, checkpoint)
-    dtype = choose_dtype(checkpoint, request.dtype)
+    wanted = request.wishes.plan.dtype if request.wishes.plan is not None else request.dtype
+    dtype = choose_dtype(checkpoint, wanted)
+    plan, streaming = _planned(checkpoint, request, dtype, recorder)
     ahead = Ahead(observer)
     begun = Begun(
         request=request,
         checkpoint=checkpoint,
         dtype=dtype,
+        plan=plan,
+        streaming=streaming,
         ahead=ahead,
         recorder=recorder,
         start=start,
@@ -244,6 +285,19 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
         yield begun
     finally:
         ahead.close()
+
+
+def _planned(
+    checkpoint: Checkpoint, request: Request, dtype: Choice, recorder: Recorder
+) -> tuple[Plan | None, Streaming | None]:
+    """What goes where. Modules of other kinds than transformers' are loaded whole."""
+    if request.into is not None or request.streaming is not None:
+        return None, request.streaming
+    with recorder.stage("plan") as told:
+        plan = planned(checkpoint, request, dtype.value)
+        told.text = plan_line(plan)
+        told.lines = plan.reasons if plan is not None else ()
+    return plan, None if plan is None else streaming_of(plan, checkpoint)
 
 
 def read_headers(source: Source, access: HubAccess, recorder: Recorder, excerpt: Excerpt | None = None) -> Checkpoint:
@@ -299,7 +353,7 @@ def _described(checkpoint: Checkpoint) -> Checkpoint:
 
 def _set_in_motion(begun: Begun) -> None:
     request, checkpoint = begun.request, begun.checkpoint
-    streamed = request.streaming.tensors if request.streaming is not None else frozenset()
+    streamed = begun.streaming.tensors if begun.streaming is not None else frozenset()
     total_bytes = min(checkpoint.nbytes, sum(file.nbytes for file in checkpoint.files))
     total_bytes -= sum(checkpoint.tensors[name].nbytes for name in streamed if name in checkpoint.tensors)
     if total_bytes > _PREFAULT_SHARE * host_memory()[1]:

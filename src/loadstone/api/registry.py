@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loadstone.plan.values import Plan
 from loadstone.report.load_report import LoadReport
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Loaded:
 
     report: LoadReport
     residency: Residency | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that was followed; None where everything fitted with room to spare."""
+        return self.report.plan
 
     def stats(self) -> StreamStats | None:
         """What streaming has done so far; None where nothing is streamed."""

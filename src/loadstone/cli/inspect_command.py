@@ -64,7 +64,7 @@ def _walk(source: str | None, wanted: SourceOptions, as_json: bool) -> None:
     from loadstone.report import walk
 
     with shown(options.err(), quiet=False) as observer:
-        model, _ = load_model(source, LoadOptions.of(wanted), observer)
+        model, _ = load_model(source, LoadOptions.of(wanted), observer=observer)
     report = of(model).report
     if as_json:
         options.print_json(walk.to_json(report))

@@ -36,7 +36,7 @@ def load_command(
     from loadstone.report import load_report
 
     with shown(options.err(), quiet=quiet or as_json) as observer:
-        model, _ = load_model(source, wanted, observer)
+        model, _ = load_model(source, wanted, observer=observer)
     report = measured(of(model).report)
     if as_json:
         options.print_json(report.to_json())

@@ -37,6 +37,12 @@ class LoadOptions(SourceOptions):
     dtype: options.Dtype = None
     device: options.DeviceOption = None
     attn_implementation: options.Attention = None
+    max_memory: options.MaxMemory = None
+    device_map: options.DeviceMap = None
+    context: options.Context = None
+    batch: options.Batch = None
+    no_offload: options.NoOffload = False
+    plan: options.PlanFile = None
     trust_remote_code: options.TrustRemoteCode = False
     no_strict: options.NotStrict = False
 
@@ -77,12 +83,15 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def load_model(source: str | None, wanted: LoadOptions, observer: Observer) -> tuple[nn.Module, str]:
+def load_model(
+    source: str | None, wanted: LoadOptions, prompt_tokens: int | None = None, *, observer: Observer
+) -> tuple[nn.Module, str]:
     """Load a model as a command asks for it.
 
     Args:
         source: as on the command line; None means the demo model.
         wanted: the command's options.
+        prompt_tokens: of the prompt at most, where it is known.
         observer: draws progress.
 
     Returns:
@@ -97,6 +106,13 @@ def load_model(source: str | None, wanted: LoadOptions, observer: Observer) -> t
         dtype=wanted.dtype,
         device=wanted.device,
         attn_implementation=wanted.attn_implementation,
+        max_memory=wanted.max_memory,
+        device_map=options.read_device_map(wanted.device_map),
+        context=wanted.context,
+        batch=wanted.batch,
+        prompt_tokens=None if wanted.plan is not None else prompt_tokens,
+        offload=not wanted.no_offload,
+        plan=options.read_plan(wanted.plan),
         revision=wanted.revision,
         subfolder=wanted.subfolder,
         variant=wanted.variant,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from loadstone.errors import LoadstoneError
+    from loadstone.plan.values import Plan
 
 SourceOrDemo = Annotated[
     str | None,
@@ -41,6 +46,17 @@ TrustRemoteCode = Annotated[
 NotStrict = Annotated[
     bool, typer.Option("--no-strict", help="Missing and left-over tensors are notes instead of errors.")
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="The most that may be used, by device: cuda:0=8GiB,cpu=12GiB; a size alone is the host's."),
+]
+Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together, to plan memory for.")]
+Batch = Annotated[int | None, typer.Option(help="Sequences at a time, to plan memory for.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto, a device for everything, or a JSON file of devices by module name.")
+]
+NoOffload = Annotated[bool, typer.Option("--no-offload", help="Fail rather than read parts in each pass.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="Follow a plan that `loadstone plan --save` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -62,3 +78,33 @@ def err() -> Console:
 def print_json(value: Any) -> None:
     """Plain data on standard output."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+# Plans of models with tens of thousands of units are large.
+_MAX_JSON_BYTES = 256_000_000
+
+
+def read_json(path: Path, fault: Callable[[str], LoadstoneError]) -> dict[str, Any]:
+    """A JSON object of a file that an option names."""
+    from loadstone.checkpoint.files import read_json_object
+
+    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, fault=fault)
+
+
+def read_plan(path: Path | None) -> Plan | None:
+    """The plan of a file."""
+    if path is None:
+        return None
+    from loadstone.errors import InvalidPlan
+    from loadstone.plan.plan_file import from_json
+
+    return from_json(read_json(path, InvalidPlan), str(path))
+
+
+def read_device_map(text: str | None) -> Any:
+    """A word or a device as it is, a file's content where there is such a file."""
+    if text is None or not (text.endswith(".json") or Path(text).is_file()):
+        return text
+    from loadstone.errors import InvalidPlan
+
+    return read_json(Path(text), InvalidPlan)

@@ -27,15 +27,10 @@ loadstone plan model.gguf --save plan.json
 loadstone plan model.gguf --context 16384 --diff plan.json
 """
 
-_MAX_JSON_BYTES = 256_000_000
-
 
 def plan_command(
     source: options.SourceOrDemo = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(help="The most that may be used, by device: cuda:0=8GiB,cpu=12GiB; a size alone is the host's."),
-    ] = None,
+    max_memory: options.MaxMemory = None,
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     prompt_tokens: Annotated[
@@ -43,14 +38,12 @@ def plan_command(
     ] = None,
     dtype: options.Dtype = None,
     device: options.DeviceOption = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto, a device for everything, or a JSON file of devices by module name.")
-    ] = None,
+    device_map: options.DeviceMap = None,
     machine: Annotated[
         str | None,
         typer.Option(help="Plan for another machine: one of the gallery by name, or a file of `machine --save`."),
     ] = None,
-    no_offload: Annotated[bool, typer.Option("--no-offload", help="Fail rather than stream.")] = False,
+    no_offload: options.NoOffload = False,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file, as JSON.")] = None,
     save_device_map: Annotated[
         Path | None, typer.Option(help="Write where each module is kept to this file, as a device map of transformers.")
@@ -70,7 +63,7 @@ def plan_command(
     from loadstone.hardware.machine_file import find_machine
     from loadstone.plan import plan_file
 
-    earlier = None if diff is None else plan_file.from_json(_read(diff), str(diff))
+    earlier = None if diff is None else options.read_plan(diff)
     with shown(options.err(), quiet=as_json) as observer:
         named = _source(source, observer)
         try:
@@ -82,7 +75,7 @@ def plan_command(
                 batch=batch,
                 prompt_tokens=prompt_tokens,
                 device=device,
-                device_map=_device_map(device_map),
+                device_map=options.read_device_map(device_map),
                 offload=not no_offload,
                 machine=None if machine is None else find_machine(machine),
                 revision=revision,
@@ -138,25 +131,6 @@ def _source(source: str | None, observer: Any) -> str:
     from loadstone.checkpoint.demo import demo_model
 
     return str(demo_model(observer))
-
-
-def _device_map(text: str | None) -> Any:
-    """A word or a device as it is, a file's content where there is such a file."""
-    if text is None or not (text.endswith(".json") or Path(text).is_file()):
-        return text
-    return _read(Path(text))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from loadstone.checkpoint.files import read_json_object
-
-    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, fault=_not_json)
-
-
-def _not_json(message: str) -> Any:
-    from loadstone.errors import InvalidPlan
-
-    return InvalidPlan(message)
 
 
 def _write(path: Path, text: str) -> None:

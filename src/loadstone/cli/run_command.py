@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message 
 """
 
 _DEMO_NAMES = (None, "demo")
+_TEMPLATE_TOKENS = 64
 
 
 @with_options
@@ -56,7 +58,7 @@ def run_command(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with PeakWatch() as watch:
         with shown(options.err(), quiet=quiet or as_json) as observer:
-            model, path = load_model(source, wanted, observer)
+            model, path = load_model(source, *_planned_for(wanted, asked, max_new_tokens), observer=observer)
             tokenizer = load_tokenizer(
                 path,
                 local_files_only=True,
@@ -68,6 +70,17 @@ def run_command(
 
         made = generate(model, tokenizer, asked, sampling, _nothing if as_json else _say)
     _close(model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
+
+
+def _planned_for(wanted: LoadOptions, asked: Prompt, max_new_tokens: int) -> tuple[LoadOptions, int | None]:
+    """The options with the context that this run needs, and the most tokens that its prompt can have."""
+    if wanted.plan is not None:
+        return wanted, None
+    # No token is shorter than a byte; what a chat template adds is short.
+    prompt_tokens = len(asked.text.encode()) + len((asked.system or "").encode()) + _TEMPLATE_TOKENS
+    if wanted.context is not None:
+        return wanted, min(prompt_tokens, wanted.context)
+    return replace(wanted, context=prompt_tokens + max_new_tokens), prompt_tokens
 
 
 def _source_and_prompt(source: str | None, prompt: str | None) -> tuple[str | None, str]:

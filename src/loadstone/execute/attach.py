@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
@@ -72,6 +72,8 @@ def choose_streamed(
         unit = _unit_of(fqn, streaming)
         if unit is None or unit in kept or fqn not in parameters or not prod(targets[fqn].shape):
             continue
+        if streaming.unit_of and not any(part.source in streaming.unit_of for part in assignment.parts):
+            continue
         wanted = Wanted(assignment=assignment, target=targets[fqn])
         if isinstance(find_owner(module, fqn)[0], nn.RNNBase):
             chosen.notes.append(f"{fqn} is kept in memory: its class holds on to it")
@@ -80,6 +82,28 @@ def choose_streamed(
         else:
             chosen.add(unit, wanted)
     return chosen
+
+
+def by_modules(keymap: KeyMap, streaming: Streaming) -> Streaming:
+    """The same, told by modules: a unit is the module that the plan names, or else the owner of each parameter.
+
+    Args:
+        keymap: what fills what.
+        streaming: tensors by their names in the checkpoint.
+    """
+    units: dict[str, None] = {}
+    for assignment in keymap.assignments:
+        unit = next((unit for part in assignment.parts if (unit := streaming.unit_of.get(part.source))), None)
+        if unit is not None:
+            units[_module_of(assignment.target, unit)] = None
+    return replace(streaming, units=tuple(units))
+
+
+def _module_of(fqn: str, unit: str) -> str:
+    """The path that ends as the unit is called: a checkpoint of a base model names its blocks without the prefix."""
+    *owners, _ = fqn.split(".")
+    paths = [".".join(owners[:end]) for end in range(1, len(owners) + 1)]
+    return next((path for path in paths if path == unit or path.endswith(f".{unit}")), paths[-1] if paths else "")
 
 
 def _unit_of(fqn: str, streaming: Streaming) -> str | None:
@@ -146,7 +170,11 @@ def attach(
     members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
     units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
     residency = Residency(units, refill, max(num_slots, _deepest(groups)))
+    group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
     for fqn, member in members.items():
+        member.placeholder.holder = member.owners[0]
+        if fqn in group_of:
+            member.placeholder.lend = partial(residency.lend, group_of[fqn])
         if fqn in by_rows:
             rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
             table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)

@@ -1,6 +1,8 @@
-"""What stands where a streamed parameter would: it tells its shape, dtype and device, and refuses to be computed with.
+"""What stands where a streamed parameter would: it tells its shape, dtype and device.
 
-Only outside of the forward that the parameter is read for; there a plain parameter takes its place.
+In the forward of its own module a plain parameter takes its place. Elsewhere in a forward of the model, where a block
+uses the weight of a module inside it directly, the elements are read for the one operation that wants them; outside of
+any forward they are refused.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 _SET_FACTS = tuple(vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad"))
 
 Take = Callable[[torch.Tensor], torch.Tensor]
+Lend = Callable[[Callable[[], Any]], Any]
 Lookup = Callable[[torch.Tensor, Take], torch.Tensor]
 
 
@@ -38,17 +41,22 @@ class StreamedParameter(nn.Parameter):
         unit: what it is read with.
         lookup: where its rows can be read one by one: reads those of the given numbers, and gives what is taken from
             the table that then holds them.
+        lend: has the elements in place while the function that it is given runs, and gives what that returns; None
+            outside of forwards, where nothing is lent.
+        holder: the parameter dict of a module that it stands in, and its name there.
     """
 
     fqn: str
     unit: str
     lookup: Lookup | None
+    lend: Lend | None
+    holder: tuple[dict[str, Any], str]
 
     def __new__(cls, like: torch.Tensor, *, fqn: str, unit: str) -> Self:
         """One that has the shape and dtype of `like`."""
         nothing = torch.zeros(1, dtype=like.dtype).expand(like.shape)
         made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
-        made.fqn, made.unit, made.lookup = fqn, unit, None
+        made.fqn, made.unit, made.lookup, made.lend, made.holder = fqn, unit, None, None, ({}, "")
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -70,6 +78,8 @@ class StreamedParameter(nn.Parameter):
             if isinstance(answer, cls) or not isinstance(answer, torch.Tensor):
                 return answer
         first = next(_placeholders((*args, *kwargs.values())))
+        if first.lend is not None:
+            return first.lend(lambda: func(*_with_elements(args, first), **_with_elements(kwargs, first)))
         raise StreamedModel(
             f"{first.fqn}: expected its elements for {name}, found a parameter that is read from its file only while "
             f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, to "
@@ -89,6 +99,18 @@ def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         # A copy: the table's rows go when others are wanted.
         return table.lookup(ids.reshape(-1), lambda rows: rows[index].clone())  # type: ignore[no-any-return]
     return None
+
+
+def _with_elements(value: Any, wanted: StreamedParameter) -> Any:
+    """Arguments with the parameter that is in place now for its placeholder."""
+    if value is wanted:
+        owner, name = wanted.holder
+        return owner[name]
+    if isinstance(value, list | tuple):
+        return type(value)(_with_elements(one, wanted) for one in value)
+    if isinstance(value, dict):
+        return {key: _with_elements(one, wanted) for key, one in value.items()}
+    return value
 
 
 def _placeholders(values: Any) -> Iterator[StreamedParameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NoReturn
@@ -190,6 +190,33 @@ class Residency:
             taken = take(table)
             rows.trim()
             return taken
+
+    def lend(self, unit: str, work: Callable[[], Any]) -> Any:
+        """Have a unit in place while `work` runs, though its module does not compute.
+
+        Args:
+            unit: the unit.
+            work: uses its parameters.
+
+        Returns:
+            What `work` returned; what of it lay in the slot is copied.
+
+        Raises:
+            StreamedModel: no forward of the model is under way in this thread.
+        """
+        if not self._is_mine():
+            raise StreamedModel(
+                f"{unit}: expected its elements, found parameters that are read from files only in forwards of the "
+                "model; load it with more memory, in the dtype and on the device that you want, to copy, convert, save "
+                "or change its weights."
+            )
+        self.enter(unit)
+        result = None
+        try:
+            result = work()
+        finally:
+            copied = self.leave(unit, result)
+        return result if copied is None else copied
 
     def _is_mine(self) -> bool:
         """Whether this thread has the turn."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +64,13 @@ class Streaming:
         num_slots: how many units are in memory at a time; with two or more, one is read while another computes.
         tensors: the names of their tensors in the checkpoint, as far as they are known before the class is: these are
             not brought in ahead.
+        unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
     """
 
-    units: tuple[str, ...]
+    units: tuple[str, ...] = ()
     num_slots: int = 2
     tensors: frozenset[str] = frozenset()
+    unit_of: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loadstone.errors import DeviceUnavailable
 from loadstone.hardware.spec import Device, Machine
 from loadstone.plan.values import HOST
+from loadstone.units import parse_bytes
 
 # What is left alone of free memory where no budget is named: other processes breathe, allocators round up.
 HOST_MARGIN_SHARE = 0.05
@@ -19,9 +19,6 @@ SHARED_MEMORY = {"mps": 0.25}
 # A CUDA context with the kernels of torch, before the first tensor: 0.3-0.6 GB by generation.
 # Source: https://github.com/pytorch/pytorch/issues/20532
 CONTEXT_BYTES = {"cuda": 600_000_000, "xpu": 300_000_000}
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)([bB]?)\s*")
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,26 +32,6 @@ class Process:
 
     level_bytes: int = 0
     is_taken: bool = False
-
-
-def parse_bytes(text: str | int | float, what: str) -> int:
-    """A size as people write it, in bytes.
-
-    Args:
-        text: `8GiB` (2^30), `8GB` (10^9), or a number of bytes.
-        what: whose size it is, for the message.
-
-    Raises:
-        ValueError: it is no size, or not above zero.
-    """
-    match = _SIZE.fullmatch(str(text)) if not isinstance(text, bool) else None
-    if match is None:
-        raise ValueError(f'max_memory of {what} is {text!r}; expected a size above zero such as "8GiB" or "12GB".')
-    number, unit, binary, _ = match.groups()
-    nbytes = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
-    if nbytes <= 0:
-        raise ValueError(f'max_memory of {what} is {text!r}; expected a size above zero such as "8GiB" or "12GB".')
-    return nbytes
 
 
 def parse_max_memory(text: str) -> dict[str, str]:
@@ -110,7 +87,7 @@ def checked_max_memory(given: Mapping[str | int, str | int] | str | None, machin
         device = device_id(name, machine)
         if device in found:
             raise ValueError(f"max_memory names {device} twice.")
-        found[device] = parse_bytes(size, device)
+        found[device] = parse_bytes(size, option=f"max_memory of {device}")
     return found
 
 

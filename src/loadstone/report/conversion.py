@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.events import StageFinished
 from loadstone.plan.choose import Choice
+from loadstone.report.text import draw_facts, draw_notes
 from loadstone.units import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -66,16 +67,8 @@ def render(report: ConversionReport, console: Console) -> None:
         report: what to draw.
         console: where; its width is respected.
     """
-    from rich.table import Table
-
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in _facts(report):
-        facts.add_row(name, text)
-    console.print(facts)
-    for note in report.notes:
-        console.print(f"[yellow]note[/yellow]  {note}", highlight=False)
+    draw_facts(console, _facts(report))
+    draw_notes(console, report.notes)
 
 
 def _facts(report: ConversionReport) -> Iterator[tuple[str, str]]:

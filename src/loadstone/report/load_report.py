@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,9 @@ from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.spec import Rates
 from loadstone.plan.choose import Choice
 from loadstone.plan.load_peak import LoadPeak
+from loadstone.plan.values import Plan
 from loadstone.report.machine import rates_line
+from loadstone.report.text import as_text, draw_facts, draw_notes
 from loadstone.units import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class LoadReport:
         before: resident memory when the load began.
         peak: the most resident memory during the load.
         foretold: what the load itself would take of the host's memory at most, computed before it read a tensor.
+        plan: the plan that was followed; None where everything fitted with room to spare.
         rates: what the machine was measured to do at best; None where it was not measured.
         cuda: the allocator's figures, on CUDA.
         notes: what was noticed.
@@ -86,6 +88,7 @@ class LoadReport:
     before: ResidentBytes
     peak: ResidentBytes
     foretold: LoadPeak
+    plan: Plan | None = None
     rates: Rates | None = None
     cuda: CudaMemory | None = None
     notes: tuple[str, ...] = ()
@@ -102,11 +105,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         """The report as text, 100 columns wide."""
-        from rich.console import Console
-
-        drawn = io.StringIO()
-        render(self, Console(file=drawn, width=100, color_system=None))
-        return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
+        return as_text(lambda console: render(self, console))
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, sizes in bytes and times in seconds."""
@@ -123,12 +122,7 @@ def render(report: LoadReport, console: Console) -> None:
     """
     from rich.table import Table
 
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in _facts(report):
-        facts.add_row(name, text)
-    console.print(facts)
+    draw_facts(console, _facts(report))
     phases = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     phases.add_column("phase", no_wrap=True)
     phases.add_column("time", justify="right", no_wrap=True)
@@ -138,8 +132,7 @@ def render(report: LoadReport, console: Console) -> None:
     phases.add_row("total", format_seconds(report.seconds), "", style="bold")
     console.print()
     console.print(phases)
-    for note in report.notes:
-        console.print(f"[yellow]note[/yellow]  {note}", highlight=False)
+    draw_notes(console, report.notes)
 
 
 def _facts(report: LoadReport) -> Iterator[tuple[str, str]]:

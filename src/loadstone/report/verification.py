@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from loadstone.report.text import as_text
 from loadstone.units import format_bytes, format_rate, format_seconds, printable
 
 if TYPE_CHECKING:
@@ -89,11 +89,7 @@ class Verification:
 
     def __str__(self) -> str:
         """The verification as text, 100 columns wide."""
-        from rich.console import Console
-
-        drawn = io.StringIO()
-        render(self, Console(file=drawn, width=100, color_system=None))
-        return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
+        return as_text(lambda console: render(self, console))
 
     def to_json(self) -> dict[str, Any]:
         """The verification as plain data, sizes in bytes and times in seconds."""

@@ -1,0 +1,196 @@
+"""Does a plan keep its word? Predicted beside measured: peak host memory, and seconds a pass.
+
+Checkpoints of real geometries (some with fewer layers, random weights): dense, grouped-query, mixture of experts,
+sliding windows, encoder, encoder-decoder. Each case is a fresh process that imports everything, plans, loads by that
+plan, and computes a prompt and a few tokens after it. Compared are the peak of anonymous memory above its level after
+imports with `Plan.devices[-1].anonymous_bytes`, and both kinds of pass with the predicted seconds (the machine is
+measured first).
+
+    python benchmarks/bench_plan.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+import make_checkpoint
+
+# (geometry, dtype, prompt tokens, batch)
+CASES = tuple(
+    (geometry, dtype, prompt, batch)
+    for geometry in (
+        "gpt2",
+        "smollm2-135m",
+        "qwen2.5-0.5b",
+        "gemma3-270m",
+        "mistral-7b-3-layers",
+        "granite-moe-1b-6-layers",
+        "bert-base",
+        "t5-base",
+    )
+    for dtype, prompt, batch in (("bfloat16", 512, 1), ("float32", 64, 1), ("float32", 512, 1), ("float32", 256, 4))
+)
+NEW_TOKENS = 6
+# What the issue of a plan is judged by: never below what was measured, and at most so much above it.
+MOST_ABOVE = 1.15
+MOST_OFF = 0.30
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Plan, load and run once; print a line of JSON."""
+    import torch
+    import transformers
+
+    import loadstone
+    import loadstone.api.assemble
+    import loadstone.architecture.transformers_model
+    from loadstone.hardware.memory import PeakWatch, resident
+    from loadstone.plan.values import Run
+
+    config = json.loads((arguments.folder / "config.json").read_text())
+    getattr(transformers, config["architectures"][0])
+    run = Run(context=arguments.prompt + NEW_TOKENS, batch=arguments.batch, prompt_tokens=arguments.prompt)
+    plan = loadstone.plan(
+        arguments.folder, dtype=arguments.dtype, context=run.context, batch=run.batch, prompt_tokens=run.prompt_tokens
+    )
+    level = resident().anonymous_bytes
+    with PeakWatch() as watch:
+        model = loadstone.load(arguments.folder, plan=plan)
+        loaded = watch.peak.anonymous_bytes
+        seconds = run_once(model, config, run)
+    del torch
+    host = plan.devices[-1]
+    print(
+        json.dumps(
+            {
+                "predicted_bytes": host.anonymous_bytes,
+                "measured_bytes": watch.peak.anonymous_bytes - level,
+                "loaded_bytes": loaded - level,
+                "level_bytes": level,
+                "planned_level_bytes": host.level_bytes,
+                "weight_bytes": host.weight_bytes,
+                "kv_cache_bytes": host.reservation.kv_cache_bytes,
+                "activation_bytes": host.reservation.activation_bytes,
+                "logits_bytes": host.reservation.logits_bytes,
+                "workspace_bytes": host.reservation.workspace_bytes,
+                "predicted_prefill_s": plan.prediction.prefill.seconds,
+                "predicted_decode_s": plan.prediction.decode.seconds,
+                **seconds,
+            }
+        )
+    )
+
+
+def run_once(model: Any, config: dict[str, Any], run: Any) -> dict[str, float]:
+    """A prompt, and where the model generates a few tokens after it; the second time is timed."""
+    import time
+
+    import torch
+
+    tokens = torch.randint(5, 1000, (run.batch, run.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        if (
+            not hasattr(model, "generate")
+            or "Masked" in config["architectures"][0]
+            or "BertModel" in config["architectures"]
+        ):
+            model(input_ids=tokens)
+            begin = time.perf_counter()
+            model(input_ids=tokens)
+            return {"prefill_s": time.perf_counter() - begin, "decode_s": 0.0}
+        times: list[float] = []
+
+        class Clock:
+            def put(self, value: Any) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        if run.batch > 1:  # streamers take one sequence
+            model.generate(tokens, **options)
+            begin = time.perf_counter()
+            model.generate(tokens, **{**options, "max_new_tokens": 1, "min_new_tokens": 1})
+            first = time.perf_counter() - begin
+            begin = time.perf_counter()
+            model.generate(tokens, **options)
+            whole = time.perf_counter() - begin
+            return {"prefill_s": first, "decode_s": (whole - first) / (NEW_TOKENS - 1)}
+        for _ in range(2):
+            times.clear()
+            begin = time.perf_counter()
+            model.generate(tokens, streamer=Clock(), **options)
+        return {"prefill_s": times[1] - begin, "decode_s": (times[-1] - times[1]) / (len(times) - 2)}
+
+
+def report(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The table, printed, and the goals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="predicted beside measured")
+    for column in ("case", "peak MB", "measured", "ratio", "prefill s", "measured", "token s", "measured"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    goals = []
+    for name, row in rows.items():
+        ratio = row["predicted_bytes"] / row["measured_bytes"]
+        table.add_row(
+            name,
+            f"{row['predicted_bytes'] / 1e6:.0f}",
+            f"{row['measured_bytes'] / 1e6:.0f}",
+            f"{ratio:.2f}",
+            f"{row['predicted_prefill_s']:.2f}",
+            f"{row['prefill_s']:.2f}",
+            f"{row['predicted_decode_s']:.3f}",
+            f"{row['decode_s']:.3f}",
+        )
+        goals.append(
+            f"{'reached' if 1 <= ratio <= MOST_ABOVE else 'MISSED'}  {name}: peak predicted / measured {ratio:.3f}"
+        )
+        for kind in ("prefill", "decode"):
+            if row[f"{kind}_s"]:
+                off = row[f"predicted_{kind}_s"] / row[f"{kind}_s"] - 1
+                goals.append(f"{'reached' if abs(off) <= MOST_OFF else 'MISSED'}  {name}: {kind} off by {off:+.0%}")
+    Console(width=120).print(table)
+    reached = sum(goal.startswith("reached") for goal in goals)
+    print("\n".join(goals), f"\n{reached} of {len(goals)} reached")
+    return goals
+
+
+def main() -> None:
+    """Run all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loadstone-bench")
+    parser.add_argument("--geometries", help="comma-separated; all by default")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    import loadstone
+
+    loadstone.machine(model=arguments.folder if arguments.folder.exists() else None, measure=True)
+    rows: dict[str, dict[str, Any]] = {}
+    for geometry, dtype, prompt, batch in CASES:
+        if arguments.geometries and geometry not in arguments.geometries.split(","):
+            continue
+        folder = make_checkpoint.write(geometry, arguments.folder / geometry)
+        name = f"{geometry} {dtype} {batch}x{prompt}"
+        options = ("--folder", str(folder), "--dtype", dtype, "--prompt", str(prompt), "--batch", str(batch))
+        rows[name] = harness.run_child(__file__, "--child", *options)
+        print(name, json.dumps(rows[name]), flush=True)
+    goals = report(rows)
+    print(f"written to {harness.save('plan', {'goals': goals, 'cases': rows})}")
+
+
+if __name__ == "__main__":
+    main()
