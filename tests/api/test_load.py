@@ -35,7 +35,7 @@ def test_a_loaded_model_generates_and_reports(llama_folder: Path) -> None:
     assert tokens.shape[1] <= 9
     report = loadstone.of(model).report
     assert (report.model_class, report.dtype.value, report.device.value) == ("LlamaForCausalLM", "bfloat16", "cpu")
-    assert [phase.stage for phase in report.phases][:3] == ["headers", "import", "class"]
+    assert [phase.stage for phase in report.phases][:4] == ["headers", "plan", "import", "class"]
     assert report.mapped_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert report.read_bytes == 0
     assert json.dumps(report.to_json(), default=str)

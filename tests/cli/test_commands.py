@@ -60,7 +60,7 @@ def test_the_walk_tells_every_step_with_names_and_times(
     ):
         assert words in out
     steps = json.loads(run(monkeypatch, capsys, "inspect", "--walk", chatty_folder, "--json"))
-    assert [step["step"] for step in steps][:3] == ["headers", "import", "class"]
+    assert [step["step"] for step in steps][:4] == ["headers", "plan", "import", "class"]
     assert all(step["seconds"] >= 0 and step["purpose"] for step in steps)
 
 

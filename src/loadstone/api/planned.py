@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loadstone.architecture.config import kv_cache_bytes_per_token
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.dtypes import DTYPES, nbytes_of
-from loadstone.errors import InvalidPlan, PlanNotSupported
+from loadstone.errors import DoesNotFit, InvalidPlan, PlanNotSupported
 from loadstone.execute.values import Streaming
 from loadstone.hardware.memory import host_memory
 from loadstone.hardware.probe import may_have_accelerator, probe
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # thousands of tensors takes longer than loading them.
 _EASY_FACTOR = 1.5
 _EASY_BYTES = 2_000_000_000
+# More than any machine has.
+_ABSURD_BYTES = 10**15
 # What a load is planned for where nothing is said of the run.
 _USUAL = Run(context=1024, batch=1, prompt_tokens=512)
 
@@ -97,7 +99,12 @@ def planned(checkpoint: Checkpoint, request: Request, dtype: str) -> Plan | None
     if not wishes.limits and (not on_host or _fits_with_ease(checkpoint, dtype, wishes.run)):
         return None
     machine = probe(checkpoint.root)
-    made = _made(checkpoint, machine, _asked(request, machine))
+    try:
+        made = _made(checkpoint, machine, _asked(request, machine))
+    except DoesNotFit as error:
+        if wishes.limits or error.shortfall_bytes < _ABSURD_BYTES:
+            raise
+        return None  # no model is that large: the config lies, and its class will say in what
     check_supported(made)
     return made
 

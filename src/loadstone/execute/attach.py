@@ -174,7 +174,7 @@ def attach(
     for fqn, member in members.items():
         member.placeholder.holder = member.owners[0]
         if fqn in group_of:
-            member.placeholder.lend = partial(residency.lend, group_of[fqn])
+            member.placeholder.group, member.placeholder.lender = group_of[fqn], residency
         if fqn in by_rows:
             rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
             table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)

@@ -8,7 +8,8 @@ any forward they are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -29,7 +30,18 @@ _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 _SET_FACTS = tuple(vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad"))
 
 Take = Callable[[torch.Tensor], torch.Tensor]
-Lend = Callable[[Callable[[], Any]], Any]
+
+
+class Lender(Protocol):
+    """Who lends the elements of units."""
+
+    def is_computing(self) -> bool:
+        """Whether a forward of the model is under way in this thread; nothing is lent outside of one."""
+
+    def lend(self, group: str, work: Callable[[], Any]) -> Any:
+        """Run `work` with the parameters of a group in place; gives what it returns."""
+
+
 Lookup = Callable[[torch.Tensor, Take], torch.Tensor]
 
 
@@ -39,24 +51,26 @@ class StreamedParameter(nn.Parameter):
     Attributes:
         fqn: its name in the module.
         unit: what it is read with.
+        group: the part of the unit that comes at once with it.
         lookup: where its rows can be read one by one: reads those of the given numbers, and gives what is taken from
             the table that then holds them.
-        lend: has the elements in place while the function that it is given runs, and gives what that returns; None
-            outside of forwards, where nothing is lent.
+        lender: has the elements in place while something else than their own module uses them.
         holder: the parameter dict of a module that it stands in, and its name there.
     """
 
     fqn: str
     unit: str
+    group: str
     lookup: Lookup | None
-    lend: Lend | None
+    lender: Lender | None
     holder: tuple[dict[str, Any], str]
 
     def __new__(cls, like: torch.Tensor, *, fqn: str, unit: str) -> Self:
         """One that has the shape and dtype of `like`."""
         nothing = torch.zeros(1, dtype=like.dtype).expand(like.shape)
         made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
-        made.fqn, made.unit, made.lookup, made.lend, made.holder = fqn, unit, None, None, ({}, "")
+        made.fqn, made.unit, made.group = fqn, unit, unit
+        made.lookup, made.lender, made.holder = None, None, ({}, "")
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -78,8 +92,9 @@ class StreamedParameter(nn.Parameter):
             if isinstance(answer, cls) or not isinstance(answer, torch.Tensor):
                 return answer
         first = next(_placeholders((*args, *kwargs.values())))
-        if first.lend is not None:
-            return first.lend(lambda: func(*_with_elements(args, first), **_with_elements(kwargs, first)))
+        if first.lender is not None and first.lender.is_computing():
+            work = partial(_computed, func, args, kwargs, first)
+            return first.lender.lend(first.group, work)
         raise StreamedModel(
             f"{first.fqn}: expected its elements for {name}, found a parameter that is read from its file only while "
             f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, to "
@@ -99,6 +114,10 @@ def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         # A copy: the table's rows go when others are wanted.
         return table.lookup(ids.reshape(-1), lambda rows: rows[index].clone())  # type: ignore[no-any-return]
     return None
+
+
+def _computed(func: Any, args: Any, kwargs: Any, first: StreamedParameter) -> Any:
+    return func(*_with_elements(args, first), **_with_elements(kwargs, first))
 
 
 def _with_elements(value: Any, wanted: StreamedParameter) -> Any:

@@ -125,7 +125,7 @@ class Residency:
 
     def end_pass(self, *_: Any) -> None:
         """After it."""
-        if self._is_mine():
+        if self.is_computing():
             self._entered.remove("")
             self._turn.release()
 
@@ -155,7 +155,7 @@ class Residency:
         Returns:
             The unit's output where part of it lay in the slot, else None.
         """
-        if not self._is_mine() or unit not in self._entered:
+        if not self.is_computing() or unit not in self._entered:
             return None
         self._entered.remove(unit)
         slot, output = self._where.get(unit), None
@@ -200,16 +200,7 @@ class Residency:
 
         Returns:
             What `work` returned; what of it lay in the slot is copied.
-
-        Raises:
-            StreamedModel: no forward of the model is under way in this thread.
         """
-        if not self._is_mine():
-            raise StreamedModel(
-                f"{unit}: expected its elements, found parameters that are read from files only in forwards of the "
-                "model; load it with more memory, in the dtype and on the device that you want, to copy, convert, save "
-                "or change its weights."
-            )
         self.enter(unit)
         result = None
         try:
@@ -218,8 +209,8 @@ class Residency:
             copied = self.leave(unit, result)
         return result if copied is None else copied
 
-    def _is_mine(self) -> bool:
-        """Whether this thread has the turn."""
+    def is_computing(self) -> bool:
+        """Whether a forward of the model is under way in this thread."""
         mine = self._turn.acquire(blocking=False)
         if mine:
             self._turn.release()

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 # What each stage is for. The order is that of a load; a stage that did not run is not shown.
 PURPOSES: dict[str, str] = {
-    "headers": "Find the weight files and read only their headers: names, dtypes, shapes and offsets of all "
-    "tensors. The bytes themselves are set in motion now, in the background.",
+    "headers": "Find the weight files and read only their headers: names, dtypes, shapes and offsets of all tensors.",
+    "plan": "Ask whether all of it fits, and what must be read anew in each pass if not. Then the bytes are set in "
+    "motion, in the background.",
     "import": "Import torch and transformers. This is most of what a person waits for, so the disk works meanwhile.",
     "class": "config.json names a model_type; its config class holds the sizes. Its architectures entry names the "
     "class to build; no entry means the bare model of that type.",
@@ -27,6 +28,8 @@ PURPOSES: dict[str, str] = {
     "ties, buffers, eval": "Tied parameters become one tensor, buffers that no file holds (rotary frequencies) are "
     "computed by the class, and dropout is switched off.",
     "generation config": "Sampling defaults and end-of-text tokens for generate().",
+    "streaming": "Hooks are put on what does not stay in memory: its parameters come before its forward and go after "
+    "it.",
     "page in": "Wait for what is left of the mapped bytes, which were on their way all the time, so that the first "
     "forward finds them in memory.",
 }
