@@ -82,8 +82,9 @@ def test_a_budget_that_nothing_fits_in_is_refused_before_anything_is_read(llama_
 
 def test_arguments_that_contradict_a_plan_are_refused(llama_folder: Path) -> None:
     plan = loadstone.plan(llama_folder)
-    with pytest.raises(ValueError, match="plan= says everything already"):
-        loadstone.load(llama_folder, plan=plan, context=100)
+    for more in ({"context": 100}, {"dtype": "float32"}, {"device": "cpu"}, {"max_memory": "1GB"}):
+        with pytest.raises(ValueError, match="plan= says everything already"):
+            loadstone.load(llama_folder, plan=plan, **more)
     with pytest.raises(ValueError, match=r"a plan needs config\.json and cannot go with into="):
         loadstone.load(llama_folder / "model.safetensors", into=nn.Linear, max_memory="1GB")
 

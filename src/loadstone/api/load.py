@@ -249,8 +249,9 @@ def _check(request: Request) -> None:
         raise ValueError(
             "a plan needs config.json and cannot go with into=; leave plan=, max_memory= and the like out."
         )
-    if request.wishes.plan is not None and request.wishes != Wishes(plan=request.wishes.plan):
-        raise ValueError("plan= says everything already; leave max_memory=, device_map=, context= and the like out.")
+    says_more = request.wishes != Wishes(plan=request.wishes.plan) or request.dtype or request.device
+    if request.wishes.plan is not None and says_more:
+        raise ValueError("plan= says everything already; leave dtype=, device=, max_memory= and the like out.")
     if request.streaming is not None and request.device not in (None, "cpu"):
         raise ValueError(f"device={request.device!r}: units can be streamed to the CPU only.")
 

@@ -203,6 +203,21 @@ def _is_deeper(value: Any, depth: int) -> bool:
     return True
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and the folders that it is in.
+
+    Raises:
+        OSError: it cannot be written; nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def lfs_message(path: Path) -> str:
     """What to say about a file that is only a git-LFS pointer."""
     return f"{path}: expected the file itself, found a git-LFS pointer to it; run `git lfs pull` in its folder."

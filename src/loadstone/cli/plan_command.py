@@ -58,6 +58,7 @@ def plan_command(
 ) -> None:
     """Show where everything would lie, the peak of every device and how long things take. No tensor is read."""
     from loadstone.api.plan import plan
+    from loadstone.checkpoint.files import write_whole
     from loadstone.cli.progress import shown
     from loadstone.errors import DoesNotFit
     from loadstone.hardware.machine_file import find_machine
@@ -86,13 +87,13 @@ def plan_command(
             _draw_alternatives(error.alternatives)
             raise
     if save is not None:
-        _write(save, _json_text(plan_file.to_json(made)))
+        write_whole(save, _json_text(plan_file.to_json(made)))
     if save_device_map is not None:
         from loadstone.plan.device_map import to_device_map
 
-        _write(save_device_map, _json_text(to_device_map(made)))
+        write_whole(save_device_map, _json_text(to_device_map(made)))
     if html is not None:
-        _write(html, _page(named, made, revision, local_files_only))
+        write_whole(html, _page(named, made, revision, local_files_only))
     if earlier is not None:
         lines = plan_file.diff(earlier, made)
         if as_json:
@@ -131,13 +132,3 @@ def _source(source: str | None, observer: Any) -> str:
     from loadstone.checkpoint.demo import demo_model
 
     return str(demo_model(observer))
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

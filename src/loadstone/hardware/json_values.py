@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loadstone.checkpoint.files import write_whole
 from loadstone.errors import InvalidMachine
 
 ADVICE = "correct it, or have the file written by `loadstone machine --save`"
@@ -66,14 +66,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

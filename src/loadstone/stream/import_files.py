@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadstone.checkpoint.files import write_whole
 from loadstone.errors import LoadstoneError
 from loadstone.stream.memory import is_cached, map_file
 
@@ -51,10 +52,7 @@ def learn(cache: Path) -> None:
     if file.exists():
         return
     with contextlib.suppress(OSError):  # a cache that cannot be written only leaves the next start as it was
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text("\n".join(_imported_files()))
-        temporary.replace(file)
+        write_whole(file, "\n".join(_imported_files()))
 
 
 def _list_file(cache: Path) -> Path:
