@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
@@ -109,24 +108,6 @@ class _Group:
     gain: tuple[float, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ring:
-    """The slots that are kept free for what is streamed.
-
-    Attributes:
-        slots: their bytes, the largest first.
-        lone: the place of the one group whose only unit has the first slot to itself, as nothing else needs so large a
-            one; None where all slots are alike.
-    """
-
-    slots: tuple[int, ...] = ()
-    lone: int | None = None
-
-    def requires(self, index: int, group: _Group) -> bool:
-        """Whether a group has to stay because it has no slot to go through."""
-        return _is_slotted(group) and index != self.lone and group.slot > (self.slots[-1] if self.slots else 0)
-
-
 @dataclass(slots=True, kw_only=True)
 class _Choice:
     """How many of each group stay.
@@ -134,14 +115,16 @@ class _Choice:
     Attributes:
         groups: in the order in which memory is filled.
         kept: how many of each.
-        ring: what is kept free for the others.
+        num_slots: of the ring.
+        slot_bytes: of one slot.
         left_bytes: room that is left.
         split: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
     """
 
     groups: Sequence[_Group]
     kept: list[int]
-    ring: _Ring
+    num_slots: int
+    slot_bytes: int
     left_bytes: int
     split: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
     pass_s: tuple[float, float] = field(default=(0.0, 0.0))
@@ -174,8 +157,8 @@ def place(segment: Segment) -> Placed | Missing:
 def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple[int, _Choice | None]:
     """The best of all choices, and the least that those which do not fit are short of."""
     missing = -1
-    for ring in _rings(segment, groups):
-        choice = _filled(segment, groups, ring)
+    for slot_bytes, num_slots in _rings(segment, groups):
+        choice = _filled(segment, groups, slot_bytes, num_slots)
         if isinstance(choice, int):
             missing = choice if missing < 0 else min(missing, choice)
             continue
@@ -185,22 +168,15 @@ def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple
     return (missing if missing >= 0 else 0), best
 
 
-def _rings(segment: Segment, groups: list[_Group]) -> Iterator[_Ring]:
-    """Rings to try. No slot at all means that everything which needs one stays."""
-    yield _Ring()
-    if not segment.offload:
-        return
-    sizes = sorted({group.slot for group in groups if _is_slotted(group)}, reverse=True)
-    # The largest ones differ most; the smallest is what fits when nothing else does.
-    sizes = sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]
-    for size in sizes:
-        for num_slots in _SLOT_COUNTS:
-            yield _Ring(slots=(size,) * num_slots)
-    # A head is often larger than all else: one slot for it, and one that suits the others.
-    lone = {group.slot: index for index, group in enumerate(groups) if _is_slotted(group) and len(group.units) == 1}
-    for size, smaller in pairwise(sizes):
-        if size in lone:
-            yield _Ring(slots=(size, smaller), lone=lone[size])
+def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
+    """Slot sizes and counts to try. No slot at all means that everything which needs one stays."""
+    yield 0, 0
+    if segment.offload:
+        sizes = sorted({group.slot for group in groups if _is_slotted(group)}, reverse=True)
+        # The largest ones differ most; the smallest is what fits when nothing else does.
+        for size in sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]:
+            for num_slots in _SLOT_COUNTS:
+                yield size, num_slots
 
 
 def _is_slotted(group: _Group) -> bool:
@@ -236,16 +212,16 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _filled(segment: Segment, groups: list[_Group], ring: _Ring) -> _Choice | int:
+def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
-    required = [ring.requires(index, group) for index, group in enumerate(groups)]
-    left = segment.room_bytes - sum(ring.slots)
+    required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
+    left = segment.room_bytes - num_slots * slot_bytes
     left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
     left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
     if left < 0:
         return -left
     kept = [len(group.units) if must else 0 for group, must in zip(groups, required, strict=True)]
-    choice = _Choice(groups=groups, kept=kept, ring=ring, left_bytes=left)
+    choice = _Choice(groups=groups, kept=kept, num_slots=num_slots, slot_bytes=slot_bytes, left_bytes=left)
     for index, group in enumerate(groups):
         if required[index]:
             continue
@@ -314,7 +290,7 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
             + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))
             for unit, count, near in homes
         )
-        slots = len(choice.ring.slots) or max(_SLOT_COUNTS)
+        slots = choice.num_slots or max(_SLOT_COUNTS)
         seconds.append(overlapped_s(compute, moving, slots))
     return (seconds[0], seconds[1])
 
@@ -352,10 +328,10 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
-    slots = slot_sizes((one.unit for one in found if one.home != one.compute), len(choice.ring.slots))
+    slots = slot_sizes((one.unit for one in found if one.home != one.compute), choice.num_slots)
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
-        num_slots=len(choice.ring.slots) if slots else 0,
+        num_slots=choice.num_slots if slots else 0,
         ring_bytes=sum(slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
