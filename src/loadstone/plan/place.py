@@ -119,6 +119,8 @@ class _Choice:
         slot_bytes: of one slot.
         left_bytes: room that is left.
         split: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
+        pass_s: a decoding pass, then the pass over the prompt.
+        moving_s: the part of each that moving would take alone.
     """
 
     groups: Sequence[_Group]
@@ -128,6 +130,7 @@ class _Choice:
     left_bytes: int
     split: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
     pass_s: tuple[float, float] = field(default=(0.0, 0.0))
+    moving_s: tuple[float, float] = field(default=(0.0, 0.0))
 
 
 def likeness(unit: Unit) -> tuple[object, ...]:
@@ -162,8 +165,8 @@ def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple
         if isinstance(choice, int):
             missing = choice if missing < 0 else min(missing, choice)
             continue
-        choice.pass_s = _pass_s(segment, choice)
-        if best is None or _run_s(segment, choice) < _run_s(segment, best):
+        choice.pass_s, choice.moving_s = _pass_s(segment, choice)
+        if best is None or _cost(segment, choice) < _cost(segment, best):
             best = choice
     return (missing if missing >= 0 else 0), best
 
@@ -278,10 +281,11 @@ def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]
         yield unit, count, fitting
 
 
-def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
+def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Both kinds of pass, and what moving alone would take."""
     rate = segment.speeds.compute[segment.device]
     homes = list(_homes(segment, choice))
-    seconds = []
+    seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
         compute = segment.cache_bytes / rate.weight_bytes_per_s if index == 0 else 0.0
         compute += sum(len(group.units) * work(group.units[0], rate, tokens).seconds for group in choice.groups)
@@ -292,11 +296,13 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
         )
         slots = choice.num_slots or max(_SLOT_COUNTS)
         seconds.append(overlapped_s(compute, moving, slots))
-    return (seconds[0], seconds[1])
+        alone.append(moving)
+    return (seconds[0], seconds[1]), (alone[0], alone[1])
 
 
-def _run_s(segment: Segment, choice: _Choice) -> float:
-    return run_s(choice.pass_s, segment.num_passes)
+def _cost(segment: Segment, choice: _Choice) -> tuple[float, float]:
+    """A run's seconds; of equal ones, what moves less is better: rates are never quite what was measured."""
+    return run_s(choice.pass_s, segment.num_passes), run_s(choice.moving_s, segment.num_passes)
 
 
 def run_s(pass_s: tuple[float, float], num_passes: int) -> float:
