@@ -307,14 +307,14 @@ def main() -> None:
         for geometry in arguments.geometries.split(","):
             cases.append(run_case(geometry, arguments))
             draw(cases[-1])
+            if not arguments.dry:
+                print(f"written to {harness.save('offload', {'cases': cases})}", flush=True)
     except NoCage as reason:
         raise SystemExit(f"no memory cgroup can be made here: {reason}") from None
     finally:
         largest = arguments.folder / next(iter(CASES))
         if not arguments.keep and largest.exists():
             shutil.rmtree(largest)
-    if not arguments.dry:
-        print(f"written to {harness.save('offload', {'cases': cases})}")
 
 
 if __name__ == "__main__":

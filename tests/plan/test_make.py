@@ -73,6 +73,17 @@ def test_modules_are_streamed_rather_than_blocks_where_smaller_slots_leave_room_
     assert host.free_bytes < largest
 
 
+def test_what_moves_less_is_taken_where_computing_takes_longer_anyway() -> None:
+    model = llama(layers=14, width=3584, inner=18_944, vocab=20_000)
+    asked = Asked(run=SHORT, max_memory={HOST: 5_000_000_000})
+    plans = [
+        make_plan(model, machine(10**12, rates=Rates(disk_bytes_per_s=rate)), asked)  # computing reads 20 GB/s
+        for rate in (1e9, 18e9)
+    ]
+    assert [plan.prediction.decode.bound_by for plan in plans] == ["disk", "memory"]
+    assert plans[0].streamed_bytes == plans[1].streamed_bytes
+
+
 def test_a_table_is_streamed_by_rows() -> None:
     plan = host_plan(80_000_000)
     table = plan.placements[0]
