@@ -217,15 +217,18 @@ def run_case(geometry: str, arguments: argparse.Namespace) -> dict[str, Any]:
     loadstone.machine(model=arguments.path, measure=True)
     raw = search_rate(paths)
     print(f"{geometry}: the disk reads {raw['bytes_per_s'] / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
+    best = raw["threads"], raw["chunk_bytes"]
     with Cage(1 << 60) as cage:
         rows = [measure(cage, "resident", arguments)]
     with Cage(arguments.budget) as cage:
         for peer in arguments.peers.split(","):
+            # The rate of a rented disk drifts by half within minutes: once more right before and after ours.
+            around = [] if peer != "loadstone" else [raw_rate(paths, *best, 3 * SEARCH_BYTES)]
             rows.append(measure(cage, peer, arguments))
-            if peer == "loadstone":  # the disk's rate drifts: once more right beside ours
-                again = raw_rate(paths, raw["threads"], raw["chunk_bytes"], 3 * SEARCH_BYTES)
-                raw["beside_ours_bytes_per_s"] = again
-                raw["bytes_per_s"] = max(raw["bytes_per_s"], again)
+            if around:
+                around.append(raw_rate(paths, *best, 3 * SEARCH_BYTES))
+                raw["around_ours_bytes_per_s"] = around
+                raw["bytes_per_s"] = max(raw["bytes_per_s"], *around)
     found: dict[str, Any] = {"geometry": geometry, "budget_bytes": arguments.budget, "disk": raw, "runs": rows}
     return found | goals(found)
 
@@ -241,12 +244,19 @@ def goals(case: dict[str, Any]) -> dict[str, Any]:
     least = max(0, ours["touched_bytes"] - kept)
     roofline_s = max(compute_s, least / rate)
     planned_s = max(compute_s, ours["plan_streamed_bytes"] / rate)
+    near_s = max(compute_s, ours["plan_streamed_bytes"] / max(case["disk"]["around_ours_bytes_per_s"]))
     others = [row["token_s"] for peer, row in rows.items() if peer not in ("loadstone", "resident") if "token_s" in row]
     off = max(abs(ours[key] / ours["plan_streamed_bytes"] - 1) for key in ("token_bytes", "token_streamed_bytes"))
     name = case["geometry"]
     told_goals = [
-        harness.at_least(f"{name}: of the roofline, {roofline_s:.2f} s", roofline_s / ours["token_s"], ROOFLINE),
-        harness.at_least(f"{name}: of the plan's own, {planned_s:.2f} s", planned_s / ours["token_s"], ROOFLINE),
+        harness.at_least(f"{name}: of {words}, {seconds:.2f} s", seconds / ours["token_s"], ROOFLINE)
+        for words, seconds in (
+            ("the roofline", roofline_s),
+            ("the plan's own", planned_s),
+            ("that at the rate beside ours", near_s),
+        )
+    ]
+    told_goals += [
         harness.verdict(f"{name}: peak / budget", ours["peak_bytes"] / case["budget_bytes"], 1.0),
         harness.verdict(f"{name}: bytes per token off the plan's", off, BYTES_OFF),
     ]
