@@ -40,7 +40,8 @@ PROMPT_TOKENS = 32
 ROOFLINE, BEST_PEER, BYTES_OFF = 0.9, 0.35, 0.02
 THREADS = (1, 2, 4, 8, 16)
 CHUNKS = (1 << 20, 4 << 20, 16 << 20)
-SEARCH_BYTES = 1_000_000_000
+BLOCK_BYTES = 16 << 20
+SEARCH_BYTES = 500_000_000
 
 
 def read_bytes() -> int:
@@ -166,17 +167,27 @@ def measure(cage: Cage, peer: str, arguments: argparse.Namespace) -> dict[str, A
     return row
 
 
-def raw_rate(paths: list[Path], threads: int, chunk: int, nbytes: int) -> float:
+class Stretches:
+    """Blocks of files, each handed out once before any is again: whoever lends the disk may keep what was read last."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._blocks = [
+            (path, offset) for path in paths for offset in range(0, path.stat().st_size - BLOCK_BYTES + 1, BLOCK_BYTES)
+        ]
+        self._at = 0
+
+    def take(self, nbytes: int) -> list[tuple[Path, int]]:
+        """The next blocks, of so many bytes together."""
+        begin, self._at = self._at, self._at + max(1, nbytes // BLOCK_BYTES)
+        return [self._blocks[number % len(self._blocks)] for number in range(begin, self._at)]
+
+
+def raw_rate(stretches: Stretches, threads: int, chunk: int, nbytes: int) -> float:
     """Bytes per second of a plain loop of direct reads, each thread into a buffer of its own."""
-    descriptors = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
-    pieces = [
-        (descriptor, offset)
-        for path, descriptor in zip(paths, descriptors, strict=True)
-        for offset in range(0, path.stat().st_size // chunk * chunk, chunk)
-    ]
-    # From all over the files, so that what a disk keeps of the last reads does not help.
-    step = max(1, len(pieces) * chunk // nbytes)
-    turn, lock, buffers = iter(pieces[::step]), threading.Lock(), [mmap.mmap(-1, chunk) for _ in range(threads)]
+    blocks = stretches.take(nbytes)
+    descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in dict.fromkeys(path for path, _ in blocks)}
+    pieces = [(descriptors[path], offset + begin) for path, offset in blocks for begin in range(0, BLOCK_BYTES, chunk)]
+    turn, lock, buffers = iter(pieces), threading.Lock(), [mmap.mmap(-1, chunk) for _ in range(threads)]
     for buffer in buffers:
         buffer.write(bytes(chunk))
 
@@ -195,14 +206,16 @@ def raw_rate(paths: list[Path], threads: int, chunk: int, nbytes: int) -> float:
     for worker in workers:
         worker.join()
     seconds = time.perf_counter() - begin
-    for descriptor in descriptors:
+    for descriptor in descriptors.values():
         os.close(descriptor)
-    return len(pieces[::step]) * chunk / seconds
+    return len(pieces) * chunk / seconds
 
 
-def search_rate(paths: list[Path]) -> dict[str, Any]:
+def search_rate(stretches: Stretches) -> dict[str, Any]:
     """The best of all settings."""
-    found = [(raw_rate(paths, threads, chunk, SEARCH_BYTES), threads, chunk) for threads in THREADS for chunk in CHUNKS]
+    found = [
+        (raw_rate(stretches, threads, chunk, SEARCH_BYTES), threads, chunk) for threads in THREADS for chunk in CHUNKS
+    ]
     rate, threads, chunk = max(found)
     return {"bytes_per_s": rate, "threads": threads, "chunk_bytes": chunk, "searched": found}
 
@@ -213,9 +226,9 @@ def run_case(geometry: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     arguments.path = make_checkpoint.write(geometry, arguments.folder / geometry)
     arguments.budget = int(CASES[geometry] * arguments.scale)
-    paths = sorted(arguments.path.glob("*.safetensors"))
+    stretches = Stretches(sorted(arguments.path.glob("*.safetensors")))
     loadstone.machine(model=arguments.path, measure=True)
-    raw = search_rate(paths)
+    raw = search_rate(stretches)
     print(f"{geometry}: the disk reads {raw['bytes_per_s'] / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
     best = raw["threads"], raw["chunk_bytes"]
     with Cage(1 << 60) as cage:
@@ -223,10 +236,10 @@ def run_case(geometry: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with Cage(arguments.budget) as cage:
         for peer in arguments.peers.split(","):
             # The rate of a rented disk drifts by half within minutes: once more right before and after ours.
-            around = [] if peer != "loadstone" else [raw_rate(paths, *best, 3 * SEARCH_BYTES)]
+            around = [] if peer != "loadstone" else [raw_rate(stretches, *best, 3 * SEARCH_BYTES)]
             rows.append(measure(cage, peer, arguments))
             if around:
-                around.append(raw_rate(paths, *best, 3 * SEARCH_BYTES))
+                around.append(raw_rate(stretches, *best, 3 * SEARCH_BYTES))
                 raw["around_ours_bytes_per_s"] = around
                 raw["bytes_per_s"] = max(raw["bytes_per_s"], *around)
     found: dict[str, Any] = {"geometry": geometry, "budget_bytes": arguments.budget, "disk": raw, "runs": rows}
