@@ -337,11 +337,9 @@ def run_load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_formats(arguments: argparse.Namespace) -> dict[str, Any]:
     """The part `formats`; of the formats that are not asked for, the saved runs are kept."""
-    names = formats_of_gguf_py()
-    asked = arguments.formats.split(",") if arguments.formats else names
+    asked = arguments.formats.split(",") if arguments.formats else formats_of_gguf_py()
     fresh = harness.in_turn(asked, arguments.repeats, lambda name: harness.run_child(__file__, "--format", name))
-    found = saved_results().get("formats", {}).get("runs", {}) | fresh
-    runs = {name: found[name] for name in names if name in found}
+    runs = saved_results().get("formats", {}).get("runs", {}) | fresh
     return {"formats": {"goals": report_formats(runs), "runs": runs}}
 
 
