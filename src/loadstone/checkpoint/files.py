@@ -93,8 +93,12 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         os.close(fd)
 
 
-def check_unchanged(files: Iterable[CheckpointFile]) -> None:
+def check_unchanged(files: Iterable[CheckpointFile], *, advice: str = "load it again") -> None:
     """Check that files are still those whose headers were read.
+
+    Args:
+        files: as they were found.
+        advice: what to do where one is another.
 
     Raises:
         UnreadableFile: one is gone.
@@ -108,7 +112,7 @@ def check_unchanged(files: Iterable[CheckpointFile]) -> None:
         if file.version is not None and version != file.version:
             raise FileChanged(
                 f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
-                f"replaced or written to meanwhile ({version.nbytes:,} bytes now); load it again."
+                f"replaced or written to meanwhile ({version.nbytes:,} bytes now); {advice}."
             )
 
 

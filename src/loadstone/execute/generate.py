@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loadstone.errors import InvalidTemplate
+from loadstone.execute.rehearse import rehearse
 from loadstone.execute.values import Generated, Prompt, Sampling
 
 
@@ -112,24 +113,39 @@ def encode(tokenizer: Any, prompt: Prompt) -> Any:
         `input_ids` and `attention_mask`, shape (1, tokens).
 
     Raises:
-        InvalidTemplate: the chat template fails, or reaches for what transformers' sandbox for it does not give.
+        InvalidTemplate: the chat template fails, does not end, or reaches for what transformers' sandbox for it does
+            not give.
     """
     if prompt.raw or not getattr(tokenizer, "chat_template", None):
         text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     messages.append({"role": "user", "content": prompt.text})
+    where = getattr(tokenizer, "name_or_path", "") or "the model"
     try:
+        rehearse(_template(tokenizer), messages, _special_tokens(tokenizer), where=where)
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
+    except InvalidTemplate:
+        raise
     except Exception as error:  # a template is a program of the checkpoint's author: anything can come out of it
         reason = " ".join(str(error).split())[:200]
         raise InvalidTemplate(
-            f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: expected the chat template to make a prompt of "
-            f"the messages, found that it fails ({type(error).__name__}: {reason}); leave out the system message, or "
-            "give the prompt --raw."
+            f"{where}: expected the chat template to make a prompt of the messages, found that it fails "
+            f"({type(error).__name__}: {reason}); leave out the system message, or give the prompt --raw."
         ) from error
+
+
+def _template(tokenizer: Any) -> str:
+    """The source of the template that is used; some tokenizers have several, by name."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else str(tokenizer.get_chat_template())
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    tokens = getattr(tokenizer, "special_tokens_map", {})
+    return {name: str(token) for name, token in tokens.items()}
 
 
 def _options(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
