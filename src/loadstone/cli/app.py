@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Sequence
 
 import typer
 
-from loadstone.cli import (
-    convert_command,
-    inspect_command,
-    load_command,
-    machine_command,
-    plan_command,
-    run_command,
-    verify_command,
-)
+from loadstone.cli.quick_command import QuickCommand, QuickGroup
 from loadstone.errors import LoadstoneError
 
-app = typer.Typer(
-    name="loadstone",
-    help="Loads any PyTorch model onto the machine you have: fast, inside the memory allowed, with the same numbers.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("inspect", epilog=inspect_command.EPILOG)(inspect_command.inspect_command)
-app.command("load", epilog=load_command.EPILOG)(load_command.load_command)
-app.command("plan", epilog=plan_command.EPILOG)(plan_command.plan_command)
-app.command("run", epilog=run_command.EPILOG)(run_command.run_command)
-app.command("convert", epilog=convert_command.EPILOG)(convert_command.convert_command)
-app.command("machine", epilog=machine_command.EPILOG)(machine_command.machine_command)
-app.command("verify", epilog=verify_command.EPILOG)(verify_command.verify_command)
+_HELP = "Loads any PyTorch model onto the machine you have: fast, inside the memory allowed, with the same numbers."
+_NAMES = ("inspect", "load", "plan", "run", "convert", "machine", "verify")
+
+
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command with its subcommands; where the arguments begin with one of them, only that one is imported.
+
+    Args:
+        arguments: of the command line, without the command's own name.
+    """
+    app = typer.Typer(
+        name="loadstone",
+        cls=QuickGroup,
+        help=_HELP,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name in arguments[:1] if arguments and arguments[0] in _NAMES else _NAMES:
+        module = importlib.import_module(f"loadstone.cli.{name}_command")
+        app.command(name, cls=QuickCommand, epilog=module.EPILOG)(getattr(module, f"{name}_command"))
+    return app
 
 
 def _version(value: bool) -> None:
@@ -42,7 +45,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
@@ -52,7 +54,7 @@ def _options(
 def main() -> None:
     """Run the command; a fault is one sentence on standard error and exit code 2."""
     try:
-        app()
+        app_for(sys.argv[1:])()
     except (LoadstoneError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
