@@ -108,7 +108,7 @@ def load(
     attn_implementation: str | None = None,
     plan: Plan | None = None,
     max_memory: Mapping[str | int, str | int] | str | None = None,
-    device_map: str | Mapping[str, str | int] | None = None,
+    device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None,
     context: int | None = None,
     batch: int | None = None,
     prompt_tokens: int | None = None,
@@ -145,7 +145,8 @@ def load(
         plan: what `loadstone.plan` gave, to be followed. Without one, and where not everything fits with ease, one is
             made from the six arguments that follow, and what does not fit is read from its files in each pass.
         max_memory: the most that may be used, by device; see `loadstone.plan`.
-        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the start of names.
+        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the
+            start of names.
         context: tokens of prompt and answer together, to plan memory for.
         batch: sequences at a time, to plan memory for.
         prompt_tokens: of one sequence, computed in one pass, to plan memory for.

@@ -45,7 +45,7 @@ def plan(
     batch: int = 1,
     prompt_tokens: int | None = None,
     device: str | torch.device | None = None,
-    device_map: str | Mapping[str, str | int] | None = None,
+    device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None,
     offload: bool = True,
     machine: Machine | None = None,
     local_files_only: bool = False,
@@ -69,7 +69,8 @@ def plan(
         batch: sequences at a time.
         prompt_tokens: of one sequence, computed in one pass; by default 512, or the context where that is shorter.
         device: the one device to compute on.
-        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the start of names.
+        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the
+            start of names.
         offload: whether what does not fit may be streamed; otherwise that is an error.
         machine: what to plan for, where it is not this one.
         local_files_only: never ask the network.

@@ -51,6 +51,14 @@ def _options(
     pass
 
 
+def _sentence(error: Exception) -> str:
+    """What is wrong, on one line; of what the system refuses, the path first."""
+    if type(error).__module__ == "builtins" and isinstance(error, OSError) and error.filename is not None:
+        # A file that is renamed to where it belongs: that is what the user named.
+        return f"{error.filename2 or error.filename}: {error.strerror}; check the path, and who may use it."
+    return " ".join(str(error).split())
+
+
 def main() -> None:
     """Run the command; a fault is one sentence on standard error and exit code 2."""
     try:
@@ -58,7 +66,7 @@ def main() -> None:
     except (LoadstoneError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
-        print(f"loadstone: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"loadstone: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("loadstone: interrupted", file=sys.stderr)

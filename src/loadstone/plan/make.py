@@ -28,7 +28,7 @@ from loadstone.plan.reserve import (
     terms,
 )
 from loadstone.plan.units import Inventory, inventory
-from loadstone.plan.values import HOST, Asked, Plan, UnitKind
+from loadstone.plan.values import HOST, Asked, Plan, Run, UnitKind
 from loadstone.units import format_bytes
 
 
@@ -84,7 +84,20 @@ def check_asked(asked: Asked) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    run = asked.run
+    check_run(asked.run)
+    if asked.device is not None and asked.device_map is not None:
+        raise ValueError("device and device_map both say where the model goes; give one of them.")
+    streams = isinstance(asked.device_map, Mapping) and "disk" in asked.device_map.values()
+    if streams and not asked.offload:
+        raise ValueError('device_map puts modules on "disk", which offload=False forbids; drop one of them.')
+
+
+def check_run(run: Run) -> None:
+    """Refuse counts that mean nothing.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     for name in ("context", "batch", "prompt_tokens"):
         value = getattr(run, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -94,11 +107,6 @@ def check_asked(asked: Asked) -> None:
             f"prompt_tokens is {run.prompt_tokens:,} but the context of prompt and answer together is only "
             f"{run.context:,}; shorten the prompt or raise the context."
         )
-    if asked.device is not None and asked.device_map is not None:
-        raise ValueError("device and device_map both say where the model goes; give one of them.")
-    streams = isinstance(asked.device_map, Mapping) and "disk" in asked.device_map.values()
-    if streams and not asked.offload:
-        raise ValueError('device_map puts modules on "disk", which offload=False forbids; drop one of them.')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
