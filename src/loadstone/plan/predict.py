@@ -142,7 +142,7 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, tokens: int, *, first
     seconds = compute_s = moving_s = fill_s = 0.0
     for device, alike in tally.items():
         rate = speeds.compute[device]
-        there = () if first else (one.unit for one in layout.assignments if one.compute == device)
+        there: Iterable[Unit] = () if first else (one.unit for one in layout.assignments if one.compute == device)
         cache = problem.cache_of(there) / rate.weight_bytes_per_s
         computing, moving = cache, 0.0
         total["memory"] += cache

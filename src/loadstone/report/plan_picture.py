@@ -260,5 +260,5 @@ def _render_reasons(reasons: Iterable[str], console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for reason in reasons:
-        table.add_row("-", Text(reason))
+        table.add_row(Text("-"), Text(reason))
     console.print(table)
