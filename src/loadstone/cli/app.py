@@ -53,7 +53,7 @@ def _options(
 
 def _sentence(error: Exception) -> str:
     """What is wrong, on one line; of what the system refuses, the path first."""
-    if type(error).__module__ == "builtins" and isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
         # A file that is renamed to where it belongs: that is what the user named.
         return f"{error.filename2 or error.filename}: {error.strerror}; check the path, and who may use it."
     return " ".join(str(error).split())
