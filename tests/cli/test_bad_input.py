@@ -127,10 +127,20 @@ def test_no_config(run: Run, tmp_path: Path) -> None:
     one_sentence(run("load", tmp_path), "there is no config.json beside the weights")
 
 
-def test_an_unknown_option_is_explained_by_the_command_line_itself(run: Run, tmp_path: Path) -> None:
-    code, _, err = run("load", tmp_path, "--bananas")
-    assert code == 2
-    assert "bananas" in err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("load x --bananas", "No such option: --bananas; see `loadstone load --help`."),
+        ("bananas", "No such command 'bananas'; see `loadstone --help`."),
+        ("plan x --context 2.5", "'--context': expected a whole number, found '2.5'; see `loadstone plan --help`."),
+        ("load x --batch many", "'--batch': expected a whole number, found 'many'; see `loadstone load --help`."),
+        ("plan x --context", "Option '--context' requires an argument; see `loadstone --help`."),
+        ("inspect x y z", "unexpected extra argument"),
+        ("convert", "Missing argument"),
+    ],
+)
+def test_a_command_line_that_is_wrong_itself(run: Run, arguments: str, words: str) -> None:
+    one_sentence(run(*arguments.split()), words)
 
 
 def test_a_dtype_that_does_not_exist(run: Run, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`loadstone plan` as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,7 +230,13 @@ def test_only_the_command_that_is_named_is_imported(arguments: list[str]) -> Non
 def test_text_numbers_and_what_is_left_out_reach_a_command_as_they_are_meant(run: Run, chatty_folder: Path) -> None:
     _, out, _ = run(chatty_folder, "--json", "--context", "100", "--select", "lm_head*", "--select", "*.weight")
     assert json.loads(out)["run"] == {"context": 100, "batch": 1, "prompt_tokens": 100}
-    code, _, err = run(chatty_folder, "--context", "many")
-    assert code == 2
-    assert "--context" in err
-    assert "many" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "found"), [("loadstone pl", "plan"), ("loadstone plan --save-d", "--save-device-map")]
+)
+def test_the_shell_completes_commands_and_options(line: str, found: str) -> None:
+    code = "import sys; sys.argv[0] = 'loadstone'; from loadstone.cli.app import main; main()"
+    asked = {"_LOADSTONE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, check=True)
+    assert done.stdout.decode().split() == [found]

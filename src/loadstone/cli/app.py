@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -13,6 +14,8 @@ from loadstone.errors import LoadstoneError
 
 _HELP = "Loads any PyTorch model onto the machine you have: fast, inside the memory allowed, with the same numbers."
 _NAMES = ("inspect", "load", "plan", "run", "convert", "machine", "verify")
+# Of the faults of a command line typer names only this one, and since 0.27 they are no longer those of click.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def app_for(arguments: Sequence[str]) -> typer.Typer:
@@ -59,16 +62,27 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _usage_sentence(error: Any) -> str:
+    """What is wrong with a command line, and where its options are explained; nothing where the help was shown."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "loadstone"
+    return text and f"{text}; see `{path} --help`."
+
+
 def main() -> None:
     """Run the command; a fault is one sentence on standard error and exit code 2."""
     try:
-        app_for(sys.argv[1:])()
+        sys.exit(app_for(sys.argv[1:])(standalone_mode=False))
+    except _USAGE_ERROR as error:
+        if sentence := _usage_sentence(error):
+            print(f"loadstone: {sentence}", file=sys.stderr)
+        sys.exit(2)
     except (LoadstoneError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
         print(f"loadstone: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("loadstone: interrupted", file=sys.stderr)
         sys.exit(130)
 

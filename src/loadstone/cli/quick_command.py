@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 
@@ -45,7 +46,13 @@ def _quick(parameter: Any, convert: Callable[[Any, Any], Any]) -> Callable[[Any,
         elif takes_text if isinstance(value, str) else isinstance(value, int | float):
             ready = value  # what is no text is a default or a flag
         else:
-            return convert(context, value)
+            try:
+                return convert(context, value)
+            except typer.BadParameter as error:
+                if not isinstance(value, str) or parameter.type_descriptor.annotation is not int:
+                    raise
+                error.message = f"expected a whole number, found {value!r}"
+                raise
         return ready if parameter.callback is None else parameter.callback(context, parameter, ready)
 
     return process_value
