@@ -201,7 +201,8 @@ def test_a_part_of_a_source_is_planned_and_loaded_alike(run: Run, chatty_folder:
     inner = tmp_path / "inner"
     inner.mkdir()
     state = {f"policy.{name}": tensor for name, tensor in load_file(chatty_folder / "model.safetensors").items()}
-    save_file({**state, "critic.weight": next(iter(state.values())).clone()}, inner / "model.fp16.safetensors")
+    critic = {name.replace("policy.", "critic."): tensor.clone() for name, tensor in state.items()}
+    save_file(state | critic, inner / "model.fp16.safetensors")
     (inner / "config.json").write_bytes((chatty_folder / "config.json").read_bytes())
     part = {"subfolder": "inner", "variant": "fp16", "prefix": "policy.", "select": "*.weight"}
     saved, page = tmp_path / "plan.json", tmp_path / "plan.html"
