@@ -87,7 +87,7 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass a weight file.")
+            raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass the file itself.")
         yield OpenFile(path=path, fd=fd, nbytes=status.st_size, version=version_of(status))
     finally:
         os.close(fd)

@@ -84,11 +84,11 @@ def print_json(value: Any) -> None:
 _MAX_JSON_BYTES = 256_000_000
 
 
-def read_json(path: Path, fault: Callable[[str], LoadstoneError]) -> dict[str, Any]:
-    """A JSON object of a file that an option names."""
+def read_json(path: Path, fault: Callable[[str], LoadstoneError], advice: str) -> dict[str, Any]:
+    """A JSON object of a file that an option names; `advice` is what a message says to do."""
     from loadstone.checkpoint.files import read_json_object
 
-    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, fault=fault)
+    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, fault=fault, advice=advice)
 
 
 def read_plan(path: Path | None) -> Plan | None:
@@ -98,7 +98,7 @@ def read_plan(path: Path | None) -> Plan | None:
     from loadstone.errors import InvalidPlan
     from loadstone.plan.plan_file import from_json
 
-    return from_json(read_json(path, InvalidPlan), str(path))
+    return from_json(read_json(path, InvalidPlan, "write one with `loadstone plan --save`"), str(path))
 
 
 def read_device_map(text: str | None) -> Any:
@@ -107,4 +107,4 @@ def read_device_map(text: str | None) -> Any:
         return text
     from loadstone.errors import InvalidPlan
 
-    return read_json(Path(text), InvalidPlan)
+    return read_json(Path(text), InvalidPlan, "write it as an object of devices by the start of module names")
