@@ -212,7 +212,7 @@ def _rounded(value: float) -> float:
 def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
     required = [_is_slotted(group) and group.size > slot_bytes for group in groups]
-    left = segment.room_bytes - num_slots * slot_bytes
+    left = segment.room_bytes - num_slots * slot_bytes - _expert_bytes(groups, slot_bytes)
     left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
     left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
     if left < 0:
@@ -230,6 +230,13 @@ def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: 
             _split_one(segment, choice, index)
             break
     return choice
+
+
+def _expert_bytes(groups: Sequence[_Group], slot_bytes: int) -> int:
+    """What is held beside the ring where experts are streamed as well as other units: one expert, in a room apart."""
+    streamed = [group for group in groups if _is_slotted(group) and group.size <= slot_bytes]
+    experts = [group.size for group in streamed if group.units[0].kind is UnitKind.EXPERT]
+    return max(experts, default=0) if len(experts) < len(streamed) else 0
 
 
 def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
@@ -325,13 +332,14 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
-    slotted = [
-        one.unit.memory_bytes for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING
-    ]
+    away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
+    slotted = [unit.memory_bytes for unit in away if unit.kind is not UnitKind.EXPERT]
+    experts = [unit.memory_bytes for unit in away if unit.kind is UnitKind.EXPERT]
+    ring_bytes = choice.num_slots * max((*slotted, *experts), default=0)
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
-        num_slots=choice.num_slots if slotted else 0,
-        ring_bytes=choice.num_slots * max(slotted, default=0) + rows,
+        num_slots=choice.num_slots if away else 0,
+        ring_bytes=ring_bytes + (max(experts) if slotted and experts else 0) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
     )
