@@ -76,7 +76,13 @@ def choose_streamed(
         if fqn in chosen.experts.tables:
             chosen.add(fqn.rpartition(".")[0], chosen.experts.tables[fqn].wanted)
             continue
-        if fqn in chosen.experts.kept or unit is None or unit in kept or fqn not in parameters or not prod(targets[fqn].shape):
+        if (
+            fqn in chosen.experts.kept
+            or unit is None
+            or unit in kept
+            or fqn not in parameters
+            or not prod(targets[fqn].shape)
+        ):
             continue
         if streaming.unit_of and not any(part.source in streaming.unit_of for part in assignment.parts):
             continue
@@ -194,9 +200,7 @@ def attach(
     return residency
 
 
-def _stand_in(
-    places: Mapping[str, Sequence[_Place]],
-) -> dict[str, list[tuple[nn.Module, StreamedParameter]]]:
+def _stand_in(places: Mapping[str, Sequence[_Place]]) -> dict[str, list[tuple[nn.Module, StreamedParameter]]]:
     """Put placeholders where experts come one by one; gives them by fqn, with the modules that they stand in."""
     found: dict[str, list[tuple[nn.Module, StreamedParameter]]] = {}
     for fqn, several in places.items():

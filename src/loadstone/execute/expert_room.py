@@ -1,8 +1,8 @@
 """The experts that are in memory, of all layers together: a room of fixed size.
 
 A router's choice is told before the experts compute. What is missing of it is read at once, in the order in which it
-will be used; each entry is waited for when it is used, so that computing with the first goes on while the last is on its
-way. Chosen entries may be more than the room holds: those that were used make room for those to come.
+will be used; each entry is waited for when it is used, so that computing with the first goes on while the last is on
+its way. Chosen entries may be more than the room holds: those that were used make room for those to come.
 """
 
 from __future__ import annotations
