@@ -31,16 +31,17 @@ def expert_room(plan: Plan, found: Inventory) -> Room:
         plan: what goes where.
         found: the units that it places.
     """
-    units = {unit.name: unit for unit in found.units if unit.kind is UnitKind.EXPERT}
-    placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.unit in units]
-    away = [unit.memory_bytes for unit, is_streamed in placed if is_streamed]
+    units = {unit.name: unit for whole in found.units for unit in (*found.parts(whole), whole)}
+    placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.kind is not UnitKind.EMBEDDING]
+    experts = [(unit, is_streamed) for unit, is_streamed in placed if unit.kind is UnitKind.EXPERT]
+    away = max((unit.memory_bytes for unit, is_streamed in experts if is_streamed), default=0)
     if not away:
         return Room()
-    kept_bytes = sum(unit.memory_bytes for unit, is_streamed in placed if not is_streamed)
-    # Where other units are streamed too, the ring is theirs, and one expert's memory is planned beside it.
-    others = any(
-        one.is_streamed and one.unit not in units and one.kind is not UnitKind.EMBEDDING for one in plan.placements
+    others = [unit.memory_bytes for unit, is_streamed in placed if is_streamed and unit.kind is not UnitKind.EXPERT]
+    largest = max(others, default=0)
+    # What `place` reserves, less the ring of the other units; beside those it reserves one expert more.
+    slot_bytes = max(1, plan.num_slots) * (max(away, largest) - largest) + (away if others else 0)
+    return Room(
+        nbytes=sum(unit.memory_bytes for unit, is_streamed in experts if not is_streamed) + slot_bytes,
+        tensors=frozenset(name for unit, _ in experts for name in unit.tensors),
     )
-    num_slots = 1 if others else max(1, plan.num_slots)
-    tensors = frozenset(name for unit, _ in placed for name in unit.tensors)
-    return Room(nbytes=kept_bytes + num_slots * max(away), tensors=tensors)
