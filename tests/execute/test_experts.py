@@ -78,7 +78,7 @@ def missing_bytes(sink: list[int], module: Any, args: Any, kwargs: Any) -> None:
         if entries is not None:
             entry_bytes = parameter.numel() // len(parameter) * parameter.element_size()
             chosen = [(entries.number, expert) for expert in ids.unique().tolist()]
-            sink.extend(entry_bytes for item in chosen if entries.room._slot(item) is None)
+            sink.extend(entry_bytes for item in chosen if entries.layer.room._slot(item) is None)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -199,6 +199,9 @@ def test_whatever_is_done_with_experts_gives_the_same_numbers(tmp_path: Path) ->
         for _ in range(2):
             x = torch.randn(3, 16)
             assert all(map(torch.equal, model(x), whole(x)))
+    model.layer.experts.register_forward_pre_hook(lambda module, _: module.weight[torch.tensor(5)])
+    with torch.inference_mode(), pytest.raises(IndexError):
+        model(x)
     with pytest.raises(StreamedModel, match=r"layer\.experts\.weight: expected its elements for sum"):
         model.layer.experts.weight.sum()
 

@@ -27,6 +27,7 @@ from loadstone.stream.refill import Refill, Wanted
 
 _EXPERTS = ".experts."
 _GROUPED = frozenset(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"))
+_INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass(slots=True)
@@ -85,16 +86,41 @@ class _Layer:
     """One experts module.
 
     Attributes:
+        name: its path.
         number: in the room.
         tables: the numbers of its parameters in the room.
+        room: has their entries.
+        residency: whose turn it is.
         taken: the last two parameters that were asked for.
         by_expert: it uses all parameters of an expert before the next expert.
     """
 
+    name: str
     number: int
     tables: tuple[int, ...]
+    room: ExpertRoom
+    residency: Residency
     taken: tuple[int, int] = (-1, -1)
     by_expert: bool = False
+
+    def before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward of the module: take the turn, and begin to read what its router chose."""
+        self.residency.hold(self.name)
+        self.taken = (-1, -1)
+        count = self.room.count(self.tables[0])
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.dtype in _INTEGERS and value.dim() == 2:
+                chosen = value.reshape(-1).long().numpy()
+                chosen = chosen[(chosen >= 0) & (chosen < count)]
+                self.room.announce(self.number, chosen, by_expert=self.by_expert)
+                return
+
+    def take(self, table: int, expert: int) -> torch.Tensor:
+        """One entry of one of its parameters."""
+        self.taken = (self.taken[1], table)
+        if self.taken[0] != -1:
+            self.by_expert = self.taken[0] != self.taken[1]
+        return self.room.take(table, expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +129,25 @@ class _Table:
 
     Attributes:
         number: in the room.
-        room: has its entries.
         layer: its module.
-        residency: whose turn it is.
         is_turned: the last two dimensions are swapped.
     """
 
     number: int
-    room: ExpertRoom
     layer: _Layer
-    residency: Residency
     is_turned: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many entries it has."""
+        return self.layer.room.count(self.number)
 
     def answer(self, func: Any, args: Any, kwargs: Any, placeholder: StreamedParameter) -> Any:
         """What an operation gives, done entry by entry where that is possible, else with all of them."""
         name = getattr(func, "__name__", "").partition(".")[0]
         if name == "transpose" and args[0] is placeholder and _swaps_last(args[1:], placeholder.dim()):
             return self._turned(placeholder)
-        if not self.residency.is_computing():
+        if not self.layer.residency.is_computing():
             return NotImplemented
         if name == "__getitem__" and args[0] is placeholder:
             found = self._indexed(args[1])
@@ -129,44 +156,42 @@ class _Table:
         groups = name in _GROUPED and len(args) == 2 and args[1] is placeholder and kwargs.get("bias") is None
         if groups and kwargs.get("offs") is not None:
             return self._grouped(func, args[0], kwargs)
-        whole = torch.stack([self.entry(number) for number in range(self.room.count(self.number))])
+        whole = self._gathered(range(self.count))
         return func(*with_elements(args, placeholder, whole), **with_elements(kwargs, placeholder, whole))
 
     def entry(self, number: int) -> torch.Tensor:
         """One entry."""
-        layer = self.layer
-        layer.taken = (layer.taken[1], self.number)
-        if layer.taken[0] != -1:
-            layer.by_expert = layer.taken[0] != layer.taken[1]
-        taken = self.room.take(self.number, number)
+        taken = self.layer.take(self.number, number)
         return taken.transpose(-2, -1) if self.is_turned else taken
 
     def _turned(self, placeholder: StreamedParameter) -> StreamedParameter:
         like = torch.empty(1, dtype=placeholder.dtype).expand(*placeholder.shape[:-2], *placeholder.shape[:-3:-1])
         turned = StreamedParameter(like, fqn=placeholder.fqn, unit=placeholder.unit)
-        turned.entries = _Table(self.number, self.room, self.layer, self.residency, not self.is_turned)
+        turned.entries = _Table(self.number, self.layer, not self.is_turned)
         return turned
 
     def _indexed(self, index: Any) -> torch.Tensor | None:
         """What one number, or a list of numbers, takes; None for other indices."""
-        if isinstance(index, torch.Tensor) and index.dtype in (torch.int64, torch.int32):
+        numbers = range(self.count)  # which knows negative numbers, and refuses those that are none
+        if isinstance(index, torch.Tensor) and index.dtype in _INTEGERS:
             if index.dim() == 0:
-                return self.entry(int(index) % self.room.count(self.number))
+                return self.entry(numbers[int(index)])
             if index.dim() == 1 and index.numel():
-                return self._gathered(index.long() % self.room.count(self.number))
+                return self._gathered([numbers[one] for one in index.tolist()])
         if isinstance(index, int) and not isinstance(index, bool):
-            return self.entry(range(self.room.count(self.number))[index])
+            return self.entry(numbers[index])
         return None
 
-    def _gathered(self, numbers: torch.Tensor) -> torch.Tensor:
-        gathered: torch.Tensor | None = None
-        for number in numbers.unique().tolist():
-            entry = self.entry(number)
-            if gathered is None:
-                gathered = entry.new_empty((len(numbers), *entry.shape))
-            gathered[numbers == number] = entry
-        if gathered is None:
-            raise IndexError("no entries are asked for")
+    def _gathered(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Copies of some entries, one after another, so that no more than one of them is in use at a time."""
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            places.setdefault(number, []).append(place)
+        first = self.entry(numbers[0])
+        gathered = first.new_empty((len(numbers), *first.shape))
+        del first
+        for number in sorted(places):
+            gathered[places[number]] = self.entry(number)
         return gathered
 
     def _grouped(self, func: Callable[..., torch.Tensor], rows: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -214,27 +239,11 @@ def attach_experts(
     residency.count_experts(room.counts)
     first = 0
     for number, (ident, fqns) in enumerate(layers.items()):
-        layer = _Layer(number, tuple(range(first, first + len(fqns))))
+        name = fqns[0].rpartition(".")[0]
+        layer = _Layer(name, number, tuple(range(first, first + len(fqns))), room, residency)
         first += len(fqns)
         for table, fqn in zip(layer.tables, fqns, strict=True):
             for _, placeholder in placeholders[fqn]:
-                placeholder.entries = _Table(table, room, layer, residency)
-        name = fqns[0].rpartition(".")[0]
-        modules[ident].register_forward_pre_hook(
-            partial(_before, name, layer, room, residency), prepend=True, with_kwargs=True
-        )
+                placeholder.entries = _Table(table, layer)
+        modules[ident].register_forward_pre_hook(layer.before, prepend=True, with_kwargs=True)
         modules[ident].register_forward_hook(partial(residency.leave, name), always_call=True)
-
-
-def _before(
-    name: str, layer: _Layer, room: ExpertRoom, residency: Residency, _: nn.Module, args: Any, kwargs: Any
-) -> None:
-    """Before the forward of an experts module: read what its router chose."""
-    residency.hold(name)
-    layer.taken = (-1, -1)
-    count = room.count(layer.tables[0])
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32) and value.dim() == 2:
-            chosen = value.detach().reshape(-1).long().numpy()
-            room.announce(layer.number, chosen[(chosen >= 0) & (chosen < count)], by_expert=layer.by_expert)
-            return
