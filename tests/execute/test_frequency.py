@@ -32,7 +32,7 @@ def hits_by_frequency(tokens: list[list[np.ndarray]], room: int) -> float:
     hits = 0
     for layers in tokens:
         for layer, experts in enumerate(layers):
-            frequencies.note(layer, np.bincount(experts, minlength=EXPERTS))
+            frequencies.note(layer, np.bincount(experts, minlength=EXPERTS), 1)
             wanted = [(layer, int(expert)) for expert in experts]
             missing = [item for item in wanted if shelf.place_of(item) is None]
             hits += len(wanted) - len(missing)
@@ -76,12 +76,21 @@ def test_on_a_circle_of_equals_the_others_stay() -> None:
 def test_counts_are_lowered_before_they_overflow() -> None:
     frequencies = Frequencies(1, 2)
     for _ in range(200_000):
-        frequencies.note(0, np.array([1, 0]))
+        frequencies.note(0, np.array([1, 0]), 2)
     layers = np.zeros(2, np.int64)
     first, second = frequencies.of(layers, np.arange(2))
-    assert np.isfinite(first)
-    assert first > 100
+    assert first == pytest.approx(0.5)
     assert second == 0
+
+
+def test_later_choices_count_more_and_a_long_prompt_counts_as_a_few_tokens() -> None:
+    frequencies = Frequencies(1, 2)
+    frequencies.note(0, np.array([1000, 0]), 1000)
+    for _ in range(64):
+        frequencies.note(0, np.array([0, 1]), 1)
+    first, second = frequencies.of(np.zeros(2, np.int64), np.arange(2))
+    assert 16 / 80 > first > 0.1
+    assert second > 64 / 80
 
 
 def test_a_place_is_emptied_and_given_to_another() -> None:

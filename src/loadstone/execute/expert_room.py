@@ -108,17 +108,18 @@ class ExpertRoom:
         """How many entries a table has."""
         return self._tables[table].count
 
-    def announce(self, layer: int, chosen: NDArray[np.int64], *, by_expert: bool) -> None:
+    def announce(self, layer: int, chosen: NDArray[np.int64], num_tokens: int, *, by_expert: bool) -> None:
         """Begin to read what a layer will use.
 
         Args:
             layer: its number.
             chosen: the numbers of the experts, once for each token that chose them.
+            num_tokens: how many tokens chose.
             by_expert: it uses all of one expert before the next, rather than one parameter before the next.
         """
         tables = np.flatnonzero(self._layer_of == layer).tolist()
         counts = np.bincount(chosen, minlength=self.count(tables[0]))
-        self._frequencies.note(layer, counts)
+        self._frequencies.note(layer, counts, num_tokens)
         experts = np.flatnonzero(counts).tolist()
         if by_expert:
             items = [(table, expert) for expert in experts for table in tables]

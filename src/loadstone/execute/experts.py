@@ -112,7 +112,7 @@ class _Layer:
             if isinstance(value, torch.Tensor) and value.dtype in _INTEGERS and value.dim() == 2:
                 chosen = value.reshape(-1).long().numpy()
                 chosen = chosen[(chosen >= 0) & (chosen < count)]
-                self.room.announce(self.number, chosen, by_expert=self.by_expert)
+                self.room.announce(self.number, chosen, len(value), by_expert=self.by_expert)
                 return
 
     def take(self, table: int, expert: int) -> torch.Tensor:
@@ -187,11 +187,13 @@ class _Table:
         places: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
             places.setdefault(number, []).append(place)
-        first = self.entry(numbers[0])
-        gathered = first.new_empty((len(numbers), *first.shape))
-        del first
+        gathered = torch.empty(0)
         for number in sorted(places):
-            gathered[places[number]] = self.entry(number)
+            entry = self.entry(number)
+            if not gathered.numel():
+                gathered = entry.new_empty((len(numbers), *entry.shape))
+            gathered[places[number]] = entry
+            del entry
         return gathered
 
     def _grouped(self, func: Callable[..., torch.Tensor], rows: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:

@@ -32,25 +32,32 @@ class Frequencies:
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._counts = np.zeros((num_layers, num_experts))
+        self._tokens = np.zeros(num_layers)
         self._weights = np.ones(num_layers)
 
-    def note(self, layer: int, counts: NDArray[np.int64]) -> None:
+    def note(self, layer: int, counts: NDArray[np.int64], num_tokens: int) -> None:
         """Note one pass of a layer.
 
         Args:
             layer: its number.
             counts: by expert, how many tokens chose it.
+            num_tokens: how many there were.
         """
         if self._weights[layer] > _LARGE:
             self._counts[layer] /= self._weights[layer]
+            self._tokens[layer] /= self._weights[layer]
             self._weights[layer] = 1.0
         self._weights[layer] *= 2.0 ** (1.0 / _HALF_LIFE)
-        scale = min(1.0, _MOST_TOKENS / max(1, int(counts.max(initial=0))))
-        self._counts[layer, : counts.size] += counts * (scale * self._weights[layer])
+        weight = self._weights[layer] * min(1.0, _MOST_TOKENS / max(1, num_tokens))
+        self._counts[layer, : counts.size] += counts * weight
+        self._tokens[layer] += num_tokens * weight
 
     def of(self, layers: NDArray[np.int64], experts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """How often each of these was chosen, in choices of today."""
-        found: NDArray[np.float64] = self._counts[layers, experts] / self._weights[layers]
+        """The part of the tokens that chose each of these.
+
+        Parts, because in the middle of a pass some layers have counted it and others have not.
+        """
+        found: NDArray[np.float64] = self._counts[layers, experts] / np.maximum(self._tokens[layers], 1e-9)
         return found
 
 
