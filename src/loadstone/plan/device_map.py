@@ -8,6 +8,7 @@ from loadstone.errors import DeviceUnavailable
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes, transfer_s, work
+from loadstone.plan.experts import ring_bytes
 from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.place import Assignment, Missing
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
@@ -113,14 +114,13 @@ def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
 
 
 def _rings(problem: Problem, streamed: Iterable[Assignment], num_slots: int) -> dict[str, int]:
-    slots: dict[str, int] = {}
+    units: dict[str, list[Unit]] = {}
     rows: dict[str, int] = {}
     for one in streamed:
+        units.setdefault(one.compute, []).append(one.unit)
         if one.unit.kind is UnitKind.EMBEDDING:
             rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
-        else:
-            slots[one.compute] = max(slots.get(one.compute, 0), one.unit.memory_bytes)
-    return {device: num_slots * slots.get(device, 0) + rows.get(device, 0) for device in {**slots, **rows}}
+    return {device: ring_bytes(away, num_slots) + rows.get(device, 0) for device, away in units.items()}
 
 
 def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadstone.plan.units import Inventory
-from loadstone.plan.values import Plan, UnitKind
+from loadstone.plan.values import Plan, Unit, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,24 @@ class Room:
     tensors: frozenset[str] = frozenset()
 
 
+def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
+    """The memory that streamed units need: slots as large as the largest, and where experts are among others one more.
+
+    Args:
+        streamed: the units; tables that are looked up by row need no slot.
+        num_slots: of the ring.
+    """
+    largest: dict[bool, int] = {}
+    for unit in streamed:
+        if unit.kind is not UnitKind.EMBEDDING:
+            is_expert = unit.kind is UnitKind.EXPERT
+            largest[is_expert] = max(unit.memory_bytes, largest.get(is_expert, 0))
+    beside = largest[True] if len(largest) == 2 else 0
+    return num_slots * max(largest.values(), default=0) + beside
+
+
 def expert_room(plan: Plan, found: Inventory) -> Room:
-    """What a plan gives to experts, where it streams any of them.
+    """What a plan gives to experts, where it streams any of them: what it keeps, and what the other units leave of slots.
 
     Which experts are worth keeping is known only once routers have chosen, so that those which the plan keeps in memory
     say how many stay, not which.
@@ -32,16 +49,12 @@ def expert_room(plan: Plan, found: Inventory) -> Room:
         found: the units that it places.
     """
     units = {unit.name: unit for whole in found.units for unit in (*found.parts(whole), whole)}
-    placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.kind is not UnitKind.EMBEDDING]
+    placed = [(units[one.unit], one.is_streamed) for one in plan.placements]
     experts = [(unit, is_streamed) for unit, is_streamed in placed if unit.kind is UnitKind.EXPERT]
-    away = max((unit.memory_bytes for unit, is_streamed in experts if is_streamed), default=0)
-    if not away:
+    if not any(is_streamed for _, is_streamed in experts):
         return Room()
-    others = [unit.memory_bytes for unit, is_streamed in placed if is_streamed and unit.kind is not UnitKind.EXPERT]
-    largest = max(others, default=0)
-    # What `place` reserves, less the ring of the other units; beside those it reserves one expert more.
-    slot_bytes = max(1, plan.num_slots) * (max(away, largest) - largest) + (away if others else 0)
-    return Room(
-        nbytes=sum(unit.memory_bytes for unit, is_streamed in experts if not is_streamed) + slot_bytes,
-        tensors=frozenset(name for unit, _ in experts for name in unit.tensors),
-    )
+    kept_bytes = sum(unit.memory_bytes for unit, is_streamed in experts if not is_streamed)
+    streamed = [unit for unit, is_streamed in placed if is_streamed]
+    others = [unit for unit in streamed if unit.kind is not UnitKind.EXPERT]
+    slot_bytes = ring_bytes(streamed, plan.num_slots) - ring_bytes(others, plan.num_slots)
+    return Room(nbytes=kept_bytes + slot_bytes, tensors=frozenset(name for unit, _ in experts for name in unit.tensors))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.experts import ring_bytes
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
 # How many sizes of a slot are tried: each makes all larger units resident.
@@ -333,13 +334,10 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             if homes.get(unit.name) != ""
         ]
     away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
-    slotted = [unit.memory_bytes for unit in away if unit.kind is not UnitKind.EXPERT]
-    experts = [unit.memory_bytes for unit in away if unit.kind is UnitKind.EXPERT]
-    ring_bytes = choice.num_slots * max((*slotted, *experts), default=0)
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
         num_slots=choice.num_slots if away else 0,
-        ring_bytes=ring_bytes + (max(experts) if slotted and experts else 0) + rows,
+        ring_bytes=ring_bytes(away, choice.num_slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
     )
