@@ -39,7 +39,7 @@ def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
 
 
 def expert_room(plan: Plan, found: Inventory) -> Room:
-    """What a plan gives to experts, where it streams any of them: what it keeps, and what the other units leave of slots.
+    """What a plan gives to experts, where it streams any: what it keeps of them, and what others leave of the slots.
 
     Which experts are worth keeping is known only once routers have chosen, so that those which the plan keeps in memory
     say how many stay, not which.
