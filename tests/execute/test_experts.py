@@ -207,9 +207,8 @@ def test_whatever_is_done_with_experts_gives_the_same_numbers(tmp_path: Path) ->
 
 
 def test_gradients_and_closed_models_are_refused(folders: dict[str, Path]) -> None:
-    model = carry_out(
-        Request(source=folders["olmoe"], streaming=Streaming(units=("model.layers.0.mlp",), expert_bytes=ALL))
-    )
+    streaming = Streaming(units=("model.layers.0.mlp.experts",), expert_bytes=ALL)
+    model = carry_out(Request(source=folders["olmoe"], streaming=streaming))
     with pytest.raises(StreamedModel, match=r"experts: expected a forward without gradients"):
         model(PROMPT)
     builders.outputs(model, {"input_ids": PROMPT})

