@@ -39,7 +39,7 @@ torch.ones(64, 64) @ torch.ones(64, 64)
 gc.collect()
 before = resident().anonymous_bytes
 with PeakWatch() as watch:
-    model = loadstone.load(sys.argv[1], max_memory=plenty - int(sys.argv[2]), **run)
+    model = loadstone.load(sys.argv[1], max_memory={'cpu': plenty - int(sys.argv[2])}, **run)
     with torch.inference_mode():
         answer = model.generate(torch.arange(64)[None], max_new_tokens=32, min_new_tokens=32, do_sample=False)
 loaded = loadstone.of(model)

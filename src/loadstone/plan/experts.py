@@ -23,7 +23,7 @@ class Room:
 
 
 def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
-    """The memory that streamed units need: slots as large as the largest, and where experts are among others one more.
+    """The memory that streamed units need: slots as large as the largest, or the others' slots and an expert beside them.
 
     Args:
         streamed: the units; tables that are looked up by row need no slot.
@@ -34,8 +34,8 @@ def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
         if unit.kind is not UnitKind.EMBEDDING:
             is_expert = unit.kind is UnitKind.EXPERT
             largest[is_expert] = max(unit.memory_bytes, largest.get(is_expert, 0))
-    beside = largest[True] if len(largest) == 2 else 0
-    return num_slots * max(largest.values(), default=0) + beside
+    apart = num_slots * largest[False] + largest[True] if len(largest) == 2 else 0
+    return max(num_slots * max(largest.values(), default=0), apart)
 
 
 def expert_room(plan: Plan, found: Inventory) -> Room:

@@ -212,8 +212,19 @@ def _rounded(value: float) -> float:
 
 def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
+    choice = _filled_beside(segment, groups, (slot_bytes, num_slots), 0)
+    if isinstance(choice, _Choice):
+        kinds = {group.units[0].kind is UnitKind.EXPERT for group in _streamed_groups(choice) if _is_slotted(group)}
+        if len(kinds) < 2:
+            return choice
+    # Experts have a room apart from the ring.
+    return _filled_beside(segment, groups, (slot_bytes, num_slots), _expert_bytes(groups, slot_bytes, num_slots))
+
+
+def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int], expert_bytes: int) -> _Choice | int:
+    slot_bytes, num_slots = ring
     required = [_is_slotted(group) and group.size > slot_bytes for group in groups]
-    left = segment.room_bytes - num_slots * slot_bytes - _expert_bytes(groups, slot_bytes)
+    left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
     left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
     left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
     if left < 0:
@@ -233,11 +244,10 @@ def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: 
     return choice
 
 
-def _expert_bytes(groups: Sequence[_Group], slot_bytes: int) -> int:
-    """What is held beside the ring where experts are streamed as well as other units: one expert, in a room apart."""
-    streamed = [group for group in groups if _is_slotted(group) and group.size <= slot_bytes]
-    experts = [group.size for group in streamed if group.units[0].kind is UnitKind.EXPERT]
-    return max(experts, default=0) if len(experts) < len(streamed) else 0
+def _expert_bytes(groups: Sequence[_Group], slot_bytes: int, num_slots: int) -> int:
+    """What is needed beside the ring where experts may be streamed as well as other units; see `ring_bytes`."""
+    units = [group.units[0] for group in groups if _is_slotted(group) and group.size <= slot_bytes]
+    return max(0, ring_bytes(units, num_slots) - num_slots * slot_bytes)
 
 
 def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
