@@ -23,7 +23,7 @@ class Room:
 
 
 def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
-    """The memory that streamed units need: slots as large as the largest, or the others' slots and an expert beside them.
+    """The memory that streamed units need: slots as large as the largest, or the others' slots and one expert beside.
 
     Args:
         streamed: the units; tables that are looked up by row need no slot.
