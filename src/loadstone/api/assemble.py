@@ -147,6 +147,8 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: C
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
             f"of {format_bytes(stats.slot_bytes)} together"
         )
+        if stats.room_bytes:
+            told.text += f"; of experts those that are chosen, of which {format_bytes(stats.room_bytes)} stay"
     return residency
 
 

@@ -16,6 +16,7 @@ from loadstone.hardware.probe import may_have_accelerator, probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import checked_max_memory, device_id
 from loadstone.plan.device_map import checked_map
+from loadstone.plan.experts import expert_room
 from loadstone.plan.facts import facts_of
 from loadstone.plan.make import check_run, make_plan
 from loadstone.plan.plan_file import changes
@@ -192,7 +193,14 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
         for unit in (whole, *found.parts(whole)):
             if unit.name in away:
                 tensors |= dict.fromkeys(unit.tensors, unit.name)
-    return Streaming(num_slots=max(1, plan.num_slots), tensors=frozenset(tensors), unit_of=tensors)
+    room = expert_room(plan, found)
+    return Streaming(
+        num_slots=max(1, plan.num_slots),
+        tensors=frozenset(tensors) | room.tensors,
+        expert_tensors=room.tensors,
+        expert_bytes=room.nbytes,
+        unit_of=tensors,
+    )
 
 
 def plan_line(plan: Plan | None) -> str:

@@ -15,6 +15,7 @@ from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.events import Observer
+from loadstone.execute.experts import Experts, attach_experts, choose_experts
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Member, Residency
 from loadstone.execute.values import Streaming
@@ -32,12 +33,14 @@ class Streamed:
         wanted: what fills them, by fqn.
         stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
         notes: what was to be streamed and is not, and why.
+        experts: those whose entries come one by one.
     """
 
     units: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, Wanted] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    experts: Experts = field(default_factory=Experts)
 
     def add(self, unit: str, wanted: Wanted) -> None:
         """Stream one more parameter."""
@@ -61,7 +64,7 @@ def choose_streamed(
     Returns:
         Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
     """
-    chosen = Streamed()
+    chosen = Streamed(experts=choose_experts(keymap, targets, checkpoint.tensors, streaming))
     computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
     parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
@@ -70,7 +73,16 @@ def choose_streamed(
     for assignment in keymap.assignments:
         fqn = assignment.target
         unit = _unit_of(fqn, streaming)
-        if unit is None or unit in kept or fqn not in parameters or not prod(targets[fqn].shape):
+        if fqn in chosen.experts.tables:
+            chosen.add(fqn.rpartition(".")[0], chosen.experts.tables[fqn].wanted)
+            continue
+        if (
+            fqn in chosen.experts.kept
+            or unit is None
+            or unit in kept
+            or fqn not in parameters
+            or not prod(targets[fqn].shape)
+        ):
             continue
         if streaming.unit_of and not any(part.source in streaming.unit_of for part in assignment.parts):
             continue
@@ -164,6 +176,7 @@ def attach(
         for fqn, found in places.items()
         if any(_looks_up(place) for place in found) and has_rows(streamed.wanted[fqn], checkpoint.tensors)
     }
+    one_by_one = {fqn: places.pop(fqn) for fqn in streamed.experts.tables if fqn in places}
     groups = _groups(module, streamed, places, by_rows)
     wanted = {name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()}
     refill = Refill(wanted, checkpoint, observer)
@@ -181,9 +194,21 @@ def attach(
             member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
         for owner, name in member.owners:
             owner[name] = member.placeholder
+    attach_experts(_stand_in(one_by_one), streamed.experts, refill, residency)
     _hook(module, groups, residency)
     weakref.finalize(module, residency.close)
     return residency
+
+
+def _stand_in(places: Mapping[str, Sequence[_Place]]) -> dict[str, list[tuple[nn.Module, StreamedParameter]]]:
+    """Put placeholders where experts come one by one; gives them by fqn, with the modules that they stand in."""
+    found: dict[str, list[tuple[nn.Module, StreamedParameter]]] = {}
+    for fqn, several in places.items():
+        member = _member(fqn, fqn.rpartition(".")[0], several)
+        found[fqn] = [(place.owner, member.placeholder) for place in several]
+        for owner, name in member.owners:
+            owner[name] = member.placeholder
+    return found
 
 
 def _source(streamed: Streamed, fqn: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from loadstone.errors import StreamedModel
+from loadstone.execute.expert_room import ExpertCounts
 from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.prefetch import Order
 from loadstone.execute.values import StreamStats
@@ -89,6 +90,7 @@ class Residency:
         self._order = Order(tuple(units))
         self._turn = threading.RLock()
         self._entered: list[str] = []
+        self._experts: ExpertCounts | None = None
         self._closed = False
         self._passes = self._uses = self._hits = self._unforeseen = self._streamed_bytes = 0
         self._stall_s = 0.0
@@ -96,18 +98,27 @@ class Residency:
 
     def stats(self) -> StreamStats:
         """What was done so far."""
+        experts = self._experts or ExpertCounts()
         return StreamStats(
             passes=self._passes,
             uses=self._uses,
             hits=self._hits,
             unforeseen=self._unforeseen,
-            streamed_bytes=self._streamed_bytes,
-            stall_s=self._stall_s,
+            streamed_bytes=self._streamed_bytes + experts.read_bytes,
+            stall_s=self._stall_s + experts.stall_s,
             num_units=len(self._units),
             num_slots=len(self._slots),
             slot_bytes=sum(slot.data.size for slot in self._slots),
             pass_bytes=sum(recipe.moved_bytes for recipe in self._refill.recipes.values()),
+            expert_uses=experts.uses,
+            expert_hits=experts.hits,
+            expert_bytes=experts.read_bytes,
+            room_bytes=experts.room_bytes,
         )
+
+    def count_experts(self, counts: ExpertCounts) -> None:
+        """Tell of experts, which have a room of their own, in the statistics."""
+        self._experts = counts
 
     def close(self) -> None:
         """End the threads and close the files; the model cannot be used any more."""
@@ -148,6 +159,16 @@ class Residency:
             self._switch(unit, slot)
         slot.depth += 1
         self._read_ahead()
+
+    def hold(self, unit: str) -> None:
+        """Before the forward of a module that has its parameters from elsewhere: take the turn; `leave` it after.
+
+        Raises:
+            StreamedModel: gradients were asked for, or the model was closed.
+        """
+        self._turn.acquire()
+        self._entered.append(unit)
+        self._refuse_gradients(unit)
 
     def leave(self, unit: str, *hooked: Any) -> Any:
         """After it: let the slot go, and read what comes next.

@@ -64,12 +64,18 @@ class Streaming:
         num_slots: how many units are in memory at a time; with two or more, one is read while another computes.
         tensors: the names of their tensors in the checkpoint, as far as they are known before the class is: these are
             not brought in ahead.
+        expert_tensors: those of experts that share the room for experts, by their names in the checkpoint; where it is
+            empty all fused experts of the units do.
+        expert_bytes: the memory that fused experts of all layers together may take; 0 for experts that come whole,
+            with their unit.
         unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
     """
 
     units: tuple[str, ...] = ()
     num_slots: int = 2
     tensors: frozenset[str] = frozenset()
+    expert_tensors: frozenset[str] = frozenset()
+    expert_bytes: int = 0
     unit_of: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -88,6 +94,10 @@ class StreamStats:
         num_slots: how many of them are in memory at a time.
         slot_bytes: the memory of all slots.
         pass_bytes: what one use of every unit reads.
+        expert_uses: how often routers chose an expert's parameter.
+        expert_hits: such choices of what was in memory already.
+        expert_bytes: read from the files for experts; part of `streamed_bytes`.
+        room_bytes: the memory that experts take at most.
     """
 
     passes: int
@@ -100,3 +110,7 @@ class StreamStats:
     num_slots: int
     slot_bytes: int
     pass_bytes: int
+    expert_uses: int = 0
+    expert_hits: int = 0
+    expert_bytes: int = 0
+    room_bytes: int = 0

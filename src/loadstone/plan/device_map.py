@@ -9,8 +9,9 @@ from loadstone.errors import DeviceUnavailable
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes, transfer_s, work
+from loadstone.plan.experts import ring_bytes
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import Assignment, Missing, slot_sizes
+from loadstone.plan.place import Assignment, Missing
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
 
 # Words with which transformers leaves the choice to the planner.
@@ -118,12 +119,13 @@ def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
 
 
 def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> dict[str, int]:
-    rings: dict[str, int] = {}
-    for device in dict.fromkeys(one.compute for one in streamed):
-        units = [one.unit for one in streamed if one.compute == device]
-        rows = sum(rows_bytes(unit, max(problem.tokens)) for unit in units if unit.kind is UnitKind.EMBEDDING)
-        rings[device] = sum(slot_sizes(units, num_slots)) + rows
-    return rings
+    units: dict[str, list[Unit]] = {}
+    rows: dict[str, int] = {}
+    for one in streamed:
+        units.setdefault(one.compute, []).append(one.unit)
+        if one.unit.kind is UnitKind.EMBEDDING:
+            rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
+    return {device: ring_bytes(away, num_slots) + rows.get(device, 0) for device, away in units.items()}
 
 
 def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]) -> int:

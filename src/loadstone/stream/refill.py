@@ -126,7 +126,7 @@ class Recipe:
     def _begin_of(self, wanted: Wanted, info: TensorInfo) -> int:
         """Where the next parameter begins: for bytes that only move, as far into a block as in the file."""
         first = wanted.assignment.parts[0]
-        moves = len(wanted.assignment.parts) == 1 and not is_rearranged(first, info) and info.is_aligned
+        moves = not is_rearranged(first, info) and info.is_aligned and first.start == 0
         if not moves or info.encoding is not None or info.dtype != wanted.target.dtype:
             return _round_up(self.nbytes, _PLACE_ALIGNMENT)
         last = self._reads[-1] if self._reads else None
