@@ -13,6 +13,7 @@ from loadstone.report.load_report import LoadReport
 if TYPE_CHECKING:
     from torch import nn
 
+    from loadstone.execute.assist import Assist
     from loadstone.execute.residency import Residency
     from loadstone.execute.values import StreamStats
 
@@ -40,6 +41,30 @@ class Loaded:
     def stats(self) -> StreamStats | None:
         """What streaming has done so far; None where nothing is streamed."""
         return None if self.residency is None else self.residency.stats()
+
+    def assist(self, draft: nn.Module | None = None) -> Assist:
+        """Greedy decoding in which a pass yields several tokens, for `model.generate()`.
+
+        The text is the same, token for token; where nothing can be foretold exactly (sampling, batches, caches that
+        forget) it is decoded as ever, and `facts.note` says why. It pays where passes wait for weights.
+
+            assist = loadstone.of(model).assist()
+            model.generate(**tokens, do_sample=False, custom_generate=assist)
+            print(assist.facts)
+
+        Args:
+            draft: a smaller model with the same vocabulary, that foretells; without one the text itself does. It
+                decides how many passes there are, never what comes out.
+        """
+        from loadstone.execute.assist import Assist
+
+        return Assist(draft)
+
+    def is_stream_bound(self) -> bool:
+        """Whether a pass that yields one token waits for weights more than it computes, as far as is known."""
+        if self.residency is None:
+            return False
+        return self.plan is None or self.plan.prediction.decode.bound_by in ("disk", "link")
 
     def close(self) -> None:
         """End the threads and close the files of a model that is streamed, which cannot be used any more."""
