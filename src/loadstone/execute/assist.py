@@ -115,7 +115,7 @@ class Assist:
 
 def _reason_against(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> str:
     """Why nothing is foretold, or nothing."""
-    text_config = model.config.get_text_config()
+    text_config, cache = model.config.get_text_config(), model_kwargs.get("past_key_values")
     reasons = {
         "tokens are sampled": bool(config.do_sample),
         "beams are searched": config.num_beams > 1,
@@ -123,6 +123,7 @@ def _reason_against(model: Any, input_ids: torch.Tensor, config: Any, model_kwar
         "more than the tokens is asked for": bool(config.return_dict_in_generate),
         "the model is an encoder and a decoder": bool(model.config.is_encoder_decoder),
         "the cache is off": not model_kwargs.get("use_cache"),
+        "the cache does not keep every token": bool(getattr(cache, "layers", ())) and not keeps_every_token(cache),
         "the prompt is padded": model_kwargs.get("attention_mask") is not None,
         "the prompt is not in tokens": model_kwargs.get("inputs_embeds") is not None,
         "the attention is not sdpa": getattr(text_config, "_attn_implementation", None) != "sdpa",
