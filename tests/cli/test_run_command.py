@@ -205,6 +205,8 @@ def test_a_model_waits_for_weights_if_its_plan_says_so(chatty_folder: Path) -> N
     assert some.plan is not None
     decode = some.plan.prediction.decode
     assert some.is_stream_bound() is (decode.transfer_s > decode.compute_s)
+    parts = {f"model.layers.0.mlp.{name}_proj": "disk" for name in ("up", "gate", "down")}
+    assert not loadstone.of(loadstone.load(chatty_folder, device_map={"": "cpu", **parts})).is_stream_bound()
 
 
 def test_a_draft_model_is_loaded_beside_it_within_the_budget(

@@ -7,7 +7,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loadstone.plan.values import Plan
+from loadstone.plan.values import Plan, UnitKind
 from loadstone.report.load_report import LoadReport
 
 if TYPE_CHECKING:
@@ -61,10 +61,15 @@ class Loaded:
         return Assist(draft)
 
     def is_stream_bound(self) -> bool:
-        """Whether a pass that yields one token waits for weights more than it computes, as far as is known."""
-        if self.residency is None:
+        """Whether foretelling pays: a pass waits for weights more than it computes, and blocks come whole.
+
+        The parts of a block that is streamed module by module come anew for each token.
+        """
+        if self.residency is None or self.plan is None:
             return False
-        return self.plan is None or self.plan.prediction.decode.bound_by in ("disk", "link")
+        blocks = [one.unit for one in self.plan.placements if one.is_streamed and one.kind is UnitKind.BLOCK]
+        num_whole = sum(unit.rpartition(".")[2].isdecimal() for unit in blocks)
+        return self.plan.prediction.decode.bound_by in ("disk", "link") and 2 * num_whole > len(blocks)
 
     def close(self) -> None:
         """End the threads and close the files of a model that is streamed, which cannot be used any more."""
