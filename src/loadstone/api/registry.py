@@ -52,6 +52,8 @@ class Loaded:
             model.generate(**tokens, do_sample=False, custom_generate=assist)
             print(assist.facts)
 
+        A streamer is passed as `token_streamer=`: transformers keeps `streamer=` from methods that are not its own.
+
         Args:
             draft: a smaller model with the same vocabulary, that foretells; without one the text itself does. It
                 decides how many passes there are, never what comes out.

@@ -41,7 +41,8 @@ def batch_size(source: str | None, wanted: LoadOptions, num_prompts: int, sampli
         most = 1 if planned is None else planned.run.batch
         if wanted.batch is not None and wanted.batch > most:
             raise ValueError(
-                f"--batch-size {wanted.batch}: {wanted.plan} is for {most} at a time; plan anew with --batch."
+                f"--batch-size {wanted.batch}: expected at most {most} at a time, for which {wanted.plan} was made; "
+                "make it anew with --batch."
             )
         return min(wanted.batch or most, num_prompts)
     if wanted.batch is not None:

@@ -73,10 +73,15 @@ class Assist:
         stopping_criteria: Any,
         generation_config: Any,
         synced_gpus: bool = False,
-        streamer: Any = None,
+        token_streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode, with the arguments that transformers gives its own decoding methods."""
+        """Decode, with the arguments that transformers gives its own decoding methods.
+
+        `token_streamer` stands for `streamer`, which transformers keeps from methods that are not its own.
+        """
+        if token_streamer is not None:
+            token_streamer.put(input_ids.cpu())
         note = _reason_against(model, input_ids, generation_config, model_kwargs)
         if note:
             self.facts = Assisted(note=note)
@@ -87,14 +92,14 @@ class Assist:
                 stopping_criteria=stopping_criteria,
                 generation_config=generation_config,
                 synced_gpus=synced_gpus,
-                streamer=streamer,
+                streamer=token_streamer,
                 **model_kwargs,
             )
         text = _Text(ids=input_ids, tokens=input_ids[0].tolist(), source=self._source(model))
         num_prompt_tokens = len(text.tokens)
         choose = _Choice(logits_processor, stopping_criteria)
         try:
-            _decode(model, text, choose, generation_config, streamer, model_kwargs)
+            _decode(model, text, choose, generation_config, token_streamer, model_kwargs)
         finally:
             self.facts = Assisted(
                 num_tokens=len(text.tokens) - num_prompt_tokens,
@@ -103,8 +108,8 @@ class Assist:
                 num_accepted=text.num_accepted,
                 note=text.note,
             )
-        if streamer is not None:
-            streamer.end()
+        if token_streamer is not None:
+            token_streamer.end()
         return text.ids
 
     def _source(self, model: Any) -> Candidates:

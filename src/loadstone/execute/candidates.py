@@ -76,12 +76,16 @@ class DraftModel:
         for _ in range(count):
             ids = torch.tensor([fresh], device=self._model.device)
             made = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
-            self._cache = made.past_key_values
+            self._cache = getattr(made, "past_key_values", None)
             self._cached += fresh
             fresh = [int(made.logits[0, -1].argmax())]
             if fresh[0] >= self._num_known:
                 break
             found += fresh
+            if self._cache is None:  # it keeps something else: all of the text is told anew
+                self._cached, fresh = [], [*tokens, *found]
+        if self._cache is None:
+            self._cached = []
         return found
 
     def _forget(self, tokens: Sequence[int]) -> None:

@@ -97,8 +97,10 @@ def generate(
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     with torch.inference_mode():
-        more: dict[str, Any] = {} if assist is None else {"custom_generate": assist}
-        model.generate(**inputs, streamer=streamer, **options_of(model, tokenizer, sampling), **more)
+        way: dict[str, Any] = {"streamer": streamer}
+        if assist is not None:
+            way = {"custom_generate": assist, "token_streamer": streamer}
+        model.generate(**inputs, **way, **options_of(model, tokenizer, sampling))
     times = streamer.times
     return Generated(
         text=streamer.text,
