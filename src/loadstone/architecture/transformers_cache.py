@@ -13,8 +13,8 @@ def keeps_every_token(cache: Any) -> bool:
     """
     from transformers.cache_utils import DynamicLayer
 
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    layers = getattr(cache, "layers", None) or ()
+    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def take_back(cache: Any, num_tokens: int) -> bool:
