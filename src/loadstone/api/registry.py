@@ -7,12 +7,13 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loadstone.plan.values import Plan
+from loadstone.plan.values import Plan, UnitKind
 from loadstone.report.load_report import LoadReport
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from loadstone.execute.assist import Assist
     from loadstone.execute.residency import Residency
     from loadstone.execute.values import StreamStats
 
@@ -40,6 +41,37 @@ class Loaded:
     def stats(self) -> StreamStats | None:
         """What streaming has done so far; None where nothing is streamed."""
         return None if self.residency is None else self.residency.stats()
+
+    def assist(self, draft: nn.Module | None = None) -> Assist:
+        """Greedy decoding in which a pass yields several tokens, for `model.generate()`.
+
+        The text is the same, token for token; where nothing can be foretold exactly (sampling, batches, caches that
+        forget) it is decoded as ever, and `facts.note` says why. It pays where passes wait for weights.
+
+            assist = loadstone.of(model).assist()
+            model.generate(**tokens, do_sample=False, custom_generate=assist)
+            print(assist.facts)
+
+        A streamer is passed as `token_streamer=`: transformers keeps `streamer=` from methods that are not its own.
+
+        Args:
+            draft: a smaller model with the same vocabulary, that foretells; without one the text itself does. It
+                decides how many passes there are, never what comes out.
+        """
+        from loadstone.execute.assist import Assist
+
+        return Assist(draft)
+
+    def is_stream_bound(self) -> bool:
+        """Whether foretelling pays: a pass waits for weights more than it computes, and blocks come whole.
+
+        The parts of a block that is streamed module by module come anew for each token.
+        """
+        if self.residency is None or self.plan is None:
+            return False
+        blocks = [one.unit for one in self.plan.placements if one.is_streamed and one.kind is UnitKind.BLOCK]
+        num_whole = sum(unit.rpartition(".")[2].isdecimal() for unit in blocks)
+        return self.plan.prediction.decode.bound_by in ("disk", "link") and 2 * num_whole > len(blocks)
 
     def close(self) -> None:
         """End the threads and close the files of a model that is streamed, which cannot be used any more."""

@@ -52,6 +52,27 @@ MaxMemory = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together, to plan memory for.")]
 Batch = Annotated[int | None, typer.Option(help="Sequences at a time, to plan memory for.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Prompts of --batch at a time; chosen by what memory allows by default."),
+]
+BatchFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--batch", help='Answer every prompt of a file: a line each, or JSON lines with "prompt" and "system".'
+    ),
+]
+AssistOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--assist/--no-assist",
+        help="Foretell tokens that repeat what was said, so that a pass yields several; the text stays the same. By "
+        "default where passes wait for weights.",
+    ),
+]
+DraftOption = Annotated[
+    str | None, typer.Option("--draft", help="A smaller model with the same vocabulary that foretells tokens instead.")
+]
 DeviceMap = Annotated[
     str | None, typer.Option(help="auto, a device for everything, or a JSON file of devices by module name.")
 ]

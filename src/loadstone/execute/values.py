@@ -37,6 +37,25 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Assisted:
+    """How many tokens passes have yielded, where tokens were foretold.
+
+    Attributes:
+        num_tokens: that came out.
+        num_passes: forwards of the model, the one over the prompt included.
+        num_proposed: tokens that were foretold.
+        num_accepted: those of them that came true.
+        note: why nothing was foretold, or nothing any more; "" where it was.
+    """
+
+    num_tokens: int = 0
+    num_passes: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
     """What came out.
 
@@ -46,6 +65,7 @@ class Generated:
         num_new_tokens: tokens that came out.
         first_token_s: seconds from the call to the first token.
         tokens_per_s: over all tokens after the first; 0 where there was only one.
+        assisted: what was foretold; None where nothing was to be.
     """
 
     text: str
@@ -53,6 +73,7 @@ class Generated:
     num_new_tokens: int
     first_token_s: float
     tokens_per_s: float
+    assisted: Assisted | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
