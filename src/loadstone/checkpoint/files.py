@@ -105,11 +105,20 @@ def check_unchanged(files: Iterable[CheckpointFile]) -> None:
             version = version_of(file.path.stat())
         except OSError as error:
             raise unreadable(file.path, error) from None
-        if file.version is not None and version != file.version:
-            raise FileChanged(
-                f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
-                f"replaced or written to meanwhile ({version.nbytes:,} bytes now); load it again."
-            )
+        check_version(file, version)
+
+
+def check_version(file: CheckpointFile, found: FileVersion) -> None:
+    """Check that what was found at a file's path is the file whose header was read.
+
+    Raises:
+        FileChanged: it is another.
+    """
+    if file.version is not None and found != file.version:
+        raise FileChanged(
+            f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
+            f"replaced or written to meanwhile ({found.nbytes:,} bytes now); load it again."
+        )
 
 
 def unreadable(path: Path, error: OSError) -> UnreadableFile:

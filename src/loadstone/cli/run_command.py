@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from loadstone.cli import options
+from loadstone.cli.live import Screen
 from loadstone.cli.loading import LoadOptions, load_model, with_options
-from loadstone.cli.progress import shown
 from loadstone.execute.values import Generated, Prompt, Sampling
 from loadstone.units import format_bytes, format_seconds
 
@@ -20,6 +21,8 @@ EPILOG = """[bold]Examples[/bold]
 loadstone run "Why is the sky blue?"
 
 loadstone run ./Qwen2.5-7B-Instruct "Write a haiku about disks" --temperature 0
+
+loadstone run ./Qwen2.5-7B-Instruct "Hello" --max-memory 6GB --trace trace.json
 
 git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message for this change"
 """
@@ -41,6 +44,9 @@ def run_command(
         float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default as the model says.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace of reads and compute here; ui.perfetto.dev shows it.")
+    ] = None,
     *,
     wanted: LoadOptions,
     quiet: options.Quiet = False,
@@ -50,15 +56,20 @@ def run_command(
 
     With one argument only, the demo model answers it: loadstone run "Why is the sky blue?"
     """
+    from loadstone.api.registry import of
     from loadstone.api.tokenizer import load_tokenizer
     from loadstone.hardware.memory import PeakWatch
+    from loadstone.report.trace import check_writable
 
     source, text = _source_and_prompt(source, prompt)
     asked = Prompt(text=text, system=system, raw=raw)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if trace is not None:
+        check_writable(trace)
+    screen = Screen(options.err(), quiet=quiet or as_json)
     with PeakWatch() as watch:
-        with shown(options.err(), quiet=quiet or as_json) as observer:
-            model, path = load_model(source, *_planned_for(wanted, asked, max_new_tokens), observer=observer)
+        with screen.loading():
+            model, path = load_model(source, *_planned_for(wanted, asked, max_new_tokens), observer=screen.observer)
             tokenizer = load_tokenizer(
                 path,
                 local_files_only=True,
@@ -68,7 +79,12 @@ def run_command(
             )
         from loadstone.execute.generate import generate
 
-        made = generate(model, tokenizer, asked, sampling, _nothing if as_json else _say)
+        loaded = of(model)
+        with (
+            nullcontext() if trace is None else loaded.trace(trace),
+            screen.answering(loaded.plan, _nothing if as_json else _say) as on_text,
+        ):
+            made = generate(model, tokenizer, asked, sampling, on_text)
     _close(model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
 
 
@@ -120,8 +136,10 @@ def _nothing(text: str) -> None:
 
 def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
     from loadstone.api.registry import of
+    from loadstone.report.streaming import to_json
 
-    report = of(model).report
+    loaded = of(model)
+    report, stats = loaded.report, loaded.stats()
     if as_json:
         options.print_json(
             {
@@ -134,6 +152,7 @@ def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
                 "peak_bytes": peak_bytes,
                 "dtype": report.dtype.value,
                 "device": report.device.value,
+                "streaming": None if stats is None else to_json(stats),
             }
         )
         return
@@ -141,7 +160,8 @@ def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
     options.err().print(
         f"\nloaded in {format_seconds(report.seconds)} ({report.dtype.value} on {report.device.value}), "
         f"first token after {format_seconds(made.first_token_s)}, {made.tokens_per_s:.1f} tokens/s over "
-        f"{made.num_new_tokens} tokens, peak memory {format_bytes(peak_bytes)}",
+        f"{made.num_new_tokens} tokens, peak memory {format_bytes(peak_bytes)}"
+        + (f"\n{loaded.summary()}" if stats is not None else ""),
         style="dim",
         highlight=False,
     )

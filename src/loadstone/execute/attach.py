@@ -169,7 +169,7 @@ def attach(
     refill = Refill(wanted, checkpoint, observer)
     members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
     units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
-    residency = Residency(units, refill, max(num_slots, _deepest(groups)))
+    residency = Residency(units, refill, max(num_slots, _deepest(groups)), observer)
     group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
     for fqn, member in members.items():
         member.placeholder.holder = member.owners[0]

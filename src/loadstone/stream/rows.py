@@ -74,10 +74,14 @@ class Rows:
         if missing.size:
             runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
             prepared = prepare([self._fill(int(run[0]), int(run[-1]) + 1) for run in runs])
-            self._refill.reader.repeat(prepared, self._refill.files, priority=-1).wait()
+            self._refill.reader.repeat(prepared, self._refill.files, priority=-1, label=self._info.name).wait()
             self.read_bytes += prepared.total_bytes
             self._present[missing] = True
-        check_unchanged(self._versions)
+        try:
+            check_unchanged(self._versions)
+        except BaseException:
+            self._forget()  # the right file may be put back
+            raise
 
     def _fill(self, first: int, end: int) -> Fill:
         info = self._info
@@ -96,5 +100,8 @@ class Rows:
         """Drop the rows once they take more than a few megabytes."""
         pages_of_row = -(-self._row_bytes // PAGE_BYTES) + (self._row_bytes % PAGE_BYTES != 0)
         if int(self._present.sum()) * pages_of_row * PAGE_BYTES > _KEPT_BYTES:
-            give_back(self.data)
-            self._present[:] = False
+            self._forget()
+
+    def _forget(self) -> None:
+        give_back(self.data)
+        self._present[:] = False

@@ -1,0 +1,90 @@
+"""Whose turn it is to compute with a streamed model."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from torch import nn
+
+# How long a thread waits before it looks whether the other one still computes.
+_PATIENCE_S = 0.5
+
+
+class Turn:
+    """A lock that its thread may take again, and that is not lost with a forward that an interrupt has ended.
+
+    Hooks end with the forward they belong to, but not when Ctrl-C ends it: then nobody gives the turn back. So whoever
+    waits looks whether the thread that has it is still inside a module's forward.
+
+    Args:
+        on_lost: called by the thread that takes the turn from one whose forward ended without a word.
+    """
+
+    def __init__(self, on_lost: Callable[[], None]) -> None:
+        self._on_lost = on_lost
+        self._changed = threading.Condition(threading.Lock())
+        self._owner = 0
+        self._depth = 0
+        self._num_scopes = 0
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread has it."""
+        return self._owner == threading.get_ident()
+
+    def acquire(self) -> None:
+        """Wait for it."""
+        me, was_lost = threading.get_ident(), False
+        with self._changed:
+            while self._owner not in (0, me):
+                if not self._changed.wait(_PATIENCE_S) and self._is_lost():
+                    self._owner = self._depth = 0
+                    was_lost = True
+            # One store: an interrupt finds it taken or free.
+            self._owner = me
+            self._depth += 1
+        if was_lost:
+            self._on_lost()
+
+    def release(self) -> None:
+        """Give it back, once for each time that it was taken."""
+        with self._changed:
+            self._depth -= 1
+            if self._depth <= 0:
+                self._free()
+
+    def drop(self) -> None:
+        """Give it back at once, however often it was taken."""
+        with self._changed:
+            self._free()
+
+    def _free(self) -> None:
+        self._depth = 0
+        self._owner = 0
+        self._changed.notify()
+
+    def _is_lost(self) -> bool:
+        return not self._num_scopes and not _is_in_forward(self._owner)
+
+    def __enter__(self) -> None:
+        self.acquire()
+        self._num_scopes += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._num_scopes -= 1
+        self.release()
+
+
+def _is_in_forward(ident: int) -> bool:
+    """Whether a thread is inside the forward of any module; one that has ended is not."""
+    frame = sys._current_frames().get(ident)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            return True
+        frame = frame.f_back
+    return False
