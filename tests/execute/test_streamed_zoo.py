@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "architecture"))
 
 from test_gguf_families import CASES, build, gguf_tensors, metadata
+from test_residency import equal, quiet, streamed, units_of  # noqa: F401 - the fixture is for all tests here
 
 import builders
 import loadstone
 from gguf_builders import Gguf
-from loadstone.api.load import Request, carry_out
 from loadstone.errors import StreamedModel
-from loadstone.execute.values import Streaming
 
 NEW_TOKENS = 64
 # (share that is resident, slots, batch): every pair of two of them, in twelve rows.
@@ -51,15 +47,6 @@ ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of missing kernels
-        yield
-
-
 def made(folder: Path, name: str) -> Path:
     kind, model_type, changes = ZOO[name]
     config = builders.tiny_config(model_type)
@@ -73,24 +60,6 @@ def made(folder: Path, name: str) -> Path:
     model = getattr(transformers, builders.KINDS[kind].auto_class).from_config(config)
     builders.stir(model)
     return builders.write_checkpoint(model.to(torch.bfloat16), folder)
-
-
-def units_of(model: nn.Module, resident_share: float) -> tuple[str, ...]:
-    """Every numbered block, every embedding and every head, less a share of them that is spread evenly."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{unit}.") for unit in found)
-        is_block = name.rpartition(".")[2].isdigit() and not isinstance(module, nn.ModuleList)
-        if not inside and (is_block or isinstance(module, nn.Embedding) or name in ("lm_head", "cls.predictions")):
-            found.append(name)
-    kept = round(resident_share * len(found))
-    return tuple(
-        unit for index, unit in enumerate(found) if not (index * kept // len(found)) < (index + 1) * kept // len(found)
-    )
-
-
-def streamed(path: Path, units: tuple[str, ...], num_slots: int, **more: Any) -> Any:
-    return carry_out(Request(source=path, streaming=Streaming(units=units, num_slots=num_slots), **more))
 
 
 def generated(model: Any, tokens: torch.Tensor, **options: Any) -> list[torch.Tensor]:
@@ -114,10 +83,6 @@ def generated(model: Any, tokens: torch.Tensor, **options: Any) -> list[torch.Te
     return [out.sequences, *out.logits]
 
 
-def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
-
-
 def prompts(batch: int, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(batch))
 
@@ -130,7 +95,7 @@ def test_streamed_equals_resident(tmp_path: Path, number: int) -> None:
     whole: Any = loadstone.load(path, dtype=dtype)
     for offset in (0, 4, 8):
         share, num_slots, batch = ROWS[(number + offset) % len(ROWS)]
-        model = streamed(path, units_of(whole, share), num_slots, dtype=dtype)
+        model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype)
         tokens = prompts(batch)
         if kind == "encoder":
             for length in (12, 40, 3):
@@ -155,7 +120,7 @@ def test_a_gguf_equals_its_resident_self(tmp_path: Path, name: str, row: int) ->
     path = Gguf(metadata(case), gguf_tensors(build(case), case)).write(tmp_path / "m.gguf")
     whole: Any = loadstone.load(path)
     share, num_slots, batch = ROWS[row]
-    model = streamed(path, units_of(whole, share), num_slots)
+    model = streamed(path, units_of(whole, share), num_slots=num_slots)
     tokens = prompts(batch) % whole.config.vocab_size
     assert equal(generated(model, tokens, tokens=16), generated(whole, tokens, tokens=16))
 
@@ -164,7 +129,7 @@ def test_a_gguf_equals_its_resident_self(tmp_path: Path, name: str, row: int) ->
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     path = made(tmp_path_factory.mktemp("llama"), "dense")
     whole = loadstone.load(path)
-    return whole, streamed(path, units_of(whole, 0.3), 2)
+    return whole, streamed(path, units_of(whole, 0.3))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterable
+from types import FunctionType
 
 from torch import nn
 
@@ -21,14 +21,15 @@ class Turn:
 
     Args:
         on_lost: called by the thread that takes the turn from one whose forward ended without a word.
+        scopes: functions that take the turn with `with`, outside of any forward too.
     """
 
-    def __init__(self, on_lost: Callable[[], None]) -> None:
+    def __init__(self, on_lost: Callable[[], None], scopes: Iterable[FunctionType]) -> None:
         self._on_lost = on_lost
+        self._inside = {nn.Module._call_impl.__code__, *(scope.__code__ for scope in scopes)}
         self._changed = threading.Condition(threading.Lock())
         self._owner = 0
         self._depth = 0
-        self._num_scopes = 0
 
     @property
     def is_mine(self) -> bool:
@@ -67,24 +68,16 @@ class Turn:
         self._changed.notify()
 
     def _is_lost(self) -> bool:
-        return not self._num_scopes and not _is_in_forward(self._owner)
+        """Whether its thread is in no forward any more; one that has ended is not."""
+        frame = sys._current_frames().get(self._owner)
+        while frame is not None:
+            if frame.f_code in self._inside:
+                return False
+            frame = frame.f_back
+        return True
 
     def __enter__(self) -> None:
         self.acquire()
-        self._num_scopes += 1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._num_scopes -= 1
+    def __exit__(self, *_: object) -> None:
         self.release()
-
-
-def _is_in_forward(ident: int) -> bool:
-    """Whether a thread is inside the forward of any module; one that has ended is not."""
-    frame = sys._current_frames().get(ident)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            return True
-        frame = frame.f_back
-    return False
