@@ -108,8 +108,8 @@ def overwrite(path: Path) -> Undo:
     """Written to where it lies, as `cp` and `rsync --inplace` do."""
     status, data = path.stat(), path.read_bytes()
     with path.open("r+b") as file:
-        file.seek(-40_000, os.SEEK_END)
-        file.write(bytes(40_000))
+        file.seek(len(data) // 2)
+        file.write(bytes(len(data) - len(data) // 2))
 
     def undo() -> None:
         with path.open("r+b") as file:
@@ -121,7 +121,7 @@ def overwrite(path: Path) -> Undo:
 
 def cut_short(path: Path) -> Undo:
     status, data = path.stat(), path.read_bytes()
-    os.truncate(path, path.stat().st_size - 30_000)
+    os.truncate(path, len(data) // 2)
 
     def undo() -> None:
         with path.open("r+b") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 import threading
 import types
@@ -60,7 +61,10 @@ def interrupted_at(model: nn.Module, line: int) -> bool:
 
     def watch_lines(frame: types.FrameType, event: str, _: Any) -> Any:
         nonlocal count
-        if event == "line":
+        # Python comes back to a `with` at its end, where only a trace function can get in between.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
+            "with"
+        ):
             count += 1
             if count == line:
                 raise KeyboardInterrupt

@@ -1,13 +1,14 @@
 """Streamed equals resident bit by bit: whatever is streamed, by how many slots, for whom and with which cache.
 
-Each architecture takes three rows of a table in which every share, number of slots and size of a batch meets every
-other one; over the architectures each of its twelve rows occurs.
+Each architecture takes the next row of a table in which every share, number of slots and size of a batch meets every
+other one.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ NEW_TOKENS = 64
 ROWS = [
     (share, 2 + (index + batch) % 3, 1 + batch) for batch in range(4) for index, share in enumerate((0.0, 0.3, 0.7))
 ]
-DEPTH = {"num_hidden_layers": 5}
+DEPTH = {"num_hidden_layers": 4}
 ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense": ("causal", "llama", DEPTH),
     "dense with biases": ("causal", "qwen2", DEPTH),
     "sliding and full": ("causal", "gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "tied, learned positions": ("causal", "gpt2", {"n_layer": 5, "n_positions": 128}),
+    "tied, learned positions": ("causal", "gpt2", {"n_layer": 4, "n_positions": 128}),
     "sliding window": ("causal", "mistral", DEPTH | {"sliding_window": 16}),
     "mixture of experts": ("causal", "mixtral", {"num_hidden_layers": 3}),
     "mixture with dense layers": ("causal", "qwen3_moe", {"num_hidden_layers": 3}),
@@ -45,6 +46,15 @@ ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
     "encoder and decoder, learned positions": ("seq2seq", "bart", {"max_position_embeddings": 128}),
     "encoder": ("encoder", "bert", DEPTH),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def made(folder: Path, name: str) -> Path:
@@ -64,7 +74,7 @@ def made(folder: Path, name: str) -> Path:
 
 def generated(model: Any, tokens: torch.Tensor, **options: Any) -> list[torch.Tensor]:
     """Greedy tokens of a fixed number, with the logits of each."""
-    count = options.pop("tokens", NEW_TOKENS)
+    count = options.pop("count", NEW_TOKENS)
     out = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
@@ -93,20 +103,17 @@ def test_streamed_equals_resident(tmp_path: Path, number: int) -> None:
     kind, dtype = ZOO[name][0], ("bfloat16", "float32")[number % 2]
     path = made(tmp_path, name)
     whole: Any = loadstone.load(path, dtype=dtype)
-    for offset in (0, 4, 8):
-        share, num_slots, batch = ROWS[(number + offset) % len(ROWS)]
-        model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype)
-        tokens = prompts(batch)
-        if kind == "encoder":
-            for length in (12, 40, 3):
-                inputs = {"input_ids": prompts(batch, length)}
-                assert equal(builders.outputs(model, inputs), builders.outputs(whole, inputs))
-        else:
-            assert equal(generated(model, tokens), generated(whole, tokens)), (name, share, num_slots, batch)
-        stats = loadstone.of(model).stats()
-        assert stats is not None
-        assert stats.streamed_bytes > 0
-        loadstone.of(model).close()
+    share, num_slots, batch = ROWS[number]
+    model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype)
+    if kind == "encoder":
+        for length in (12, 40, 3):
+            inputs = {"input_ids": prompts(batch, length)}
+            assert equal(builders.outputs(model, inputs), builders.outputs(whole, inputs))
+    else:
+        assert equal(generated(model, prompts(batch)), generated(whole, prompts(batch)))
+    stats = loadstone.of(model).stats()
+    assert stats is not None
+    assert stats.streamed_bytes > 0
 
 
 def test_rows_pair_everything_with_everything() -> None:
@@ -114,7 +121,7 @@ def test_rows_pair_everything_with_everything() -> None:
         assert len({(row[one], row[other]) for row in ROWS}) == count
 
 
-@pytest.mark.parametrize(("name", "row"), [("llama", 3), ("gemma2", 7)])
+@pytest.mark.parametrize(("name", "row"), [("llama", 11), ("gemma2", 7)])
 def test_a_gguf_equals_its_resident_self(tmp_path: Path, name: str, row: int) -> None:
     case = CASES[name]
     path = Gguf(metadata(case), gguf_tensors(build(case), case)).write(tmp_path / "m.gguf")
@@ -122,7 +129,7 @@ def test_a_gguf_equals_its_resident_self(tmp_path: Path, name: str, row: int) ->
     share, num_slots, batch = ROWS[row]
     model = streamed(path, units_of(whole, share), num_slots=num_slots)
     tokens = prompts(batch) % whole.config.vocab_size
-    assert equal(generated(model, tokens, tokens=16), generated(whole, tokens, tokens=16))
+    assert equal(generated(model, tokens, count=16), generated(whole, tokens, count=16))
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +155,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
         {"num_beams": 3, "cache_implementation": "static"},
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-        {"prompt_lookup_num_tokens": 3, "tokens": 24, "batch": 1},
+        {"prompt_lookup_num_tokens": 3, "count": 24, "batch": 1},
     ],
     ids=str,
 )
 def test_every_way_to_generate_gives_the_same(llama: tuple[Any, Any], options: dict[str, Any]) -> None:
     whole, model = llama
-    options = {"tokens": 12} | options
+    options = {"count": 12} | options
     tokens = prompts(options.pop("batch", 2))
     try:
         expected = generated(whole, tokens, **options)
-    except (ImportError, RuntimeError, AttributeError, NotImplementedError, ValueError, TypeError) as error:
+    except (ImportError, RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
         pytest.skip(f"transformers cannot do it here: {error}")
     assert equal(generated(model, tokens, **options), expected)
 
@@ -167,7 +174,7 @@ def test_sampling_with_a_seed_gives_the_same(llama: tuple[Any, Any]) -> None:
     found = []
     for model in llama:
         torch.manual_seed(7)
-        found.append(generated(model, prompts(3), tokens=12, do_sample=True, temperature=0.8, top_k=20))
+        found.append(generated(model, prompts(3), count=12, do_sample=True, temperature=0.8, top_k=20))
     assert equal(*found)
 
 
@@ -185,7 +192,7 @@ def test_a_cache_that_goes_on_from_call_to_call_gives_the_same(llama: tuple[Any,
 
 def test_what_cannot_be_done_says_so_and_changes_nothing(llama: tuple[Any, Any], tmp_path: Path) -> None:
     whole, model = llama
-    expected = generated(whole, prompts(1), tokens=4)
+    expected = generated(whole, prompts(1), count=4)
     attempts: dict[str, Any] = {
         "deepcopy": lambda: copy.deepcopy(model),
         "state_dict": model.state_dict,
@@ -202,7 +209,7 @@ def test_what_cannot_be_done_says_so_and_changes_nothing(llama: tuple[Any, Any],
         with pytest.raises((StreamedModel, RuntimeError), match=r"streamed|read from its file") as found:
             attempt()
         assert str(found.value), name
-        assert equal(generated(model, prompts(1), tokens=4), expected), name
+        assert equal(generated(model, prompts(1), count=4), expected), name
     assert model.to("cpu") is model
     assert model.eval().requires_grad_(False) is model
-    assert equal(generated(model, prompts(1), tokens=4), expected)
+    assert equal(generated(model, prompts(1), count=4), expected)

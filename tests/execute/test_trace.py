@@ -99,14 +99,18 @@ def test_a_trace_has_reads_waits_switches_and_compute_on_named_threads(tower: Pa
 def test_reads_go_on_while_something_else_computes(tower: Path) -> None:
     model = streamed(tower)
     for layer in model.layers:  # a computation long enough to be seen beside a read of the page cache
-        layer.register_forward_hook(lambda *_: time.sleep(0.01))
+        layer[1].register_forward_pre_hook(lambda *_: time.sleep(0.01))
     run(model, 1)
     with recorded(model, loadstone.of(model).residency) as recording:
         run(model, 2)
     spans = list(recording.spans())
     computing = [one for one in spans if one.kind == "compute"]
     beside = sum(
-        any(one.begin_s < read.begin_s < one.begin_s + one.seconds and one.name != read.name for one in computing)
+        any(
+            one.begin_s < read.begin_s + read.seconds and read.begin_s < one.begin_s + one.seconds
+            for one in computing
+            if one.name != read.name
+        )
         for read in spans
         if read.kind == "read"
     )

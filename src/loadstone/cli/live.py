@@ -68,12 +68,13 @@ class Screen:
             yield say
             return
         from rich.live import Live
+        from rich.text import Text
 
         line = PassLine(plan.prediction.prefill.seconds)
         # Rich would send what is written to standard output to its own console.
         live = Live(
             console=self._console,
-            get_renderable=line.text,
+            get_renderable=lambda: Text(line.text(), style="dim"),
             refresh_per_second=8,
             transient=True,
             redirect_stdout=False,
@@ -88,6 +89,7 @@ class Screen:
             say(text)
 
         with live:
+            live.refresh()
             self._now = line.tell
             try:
                 yield say_below

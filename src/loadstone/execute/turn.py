@@ -27,7 +27,8 @@ class Turn:
     def __init__(self, on_lost: Callable[[], None], scopes: Iterable[FunctionType]) -> None:
         self._on_lost = on_lost
         self._inside = {nn.Module._call_impl.__code__, *(scope.__code__ for scope in scopes)}
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
+        self._changed = threading.Condition(self._lock)
         self._owner = 0
         self._depth = 0
 
@@ -39,7 +40,7 @@ class Turn:
     def acquire(self) -> None:
         """Wait for it."""
         me, was_lost = threading.get_ident(), False
-        with self._changed:
+        with self._lock:
             while self._owner not in (0, me):
                 if not self._changed.wait(_PATIENCE_S) and self._is_lost():
                     self._owner = self._depth = 0
@@ -52,14 +53,14 @@ class Turn:
 
     def release(self) -> None:
         """Give it back, once for each time that it was taken."""
-        with self._changed:
+        with self._lock:
             self._depth -= 1
             if self._depth <= 0:
                 self._free()
 
     def drop(self) -> None:
         """Give it back at once, however often it was taken."""
-        with self._changed:
+        with self._lock:
             self._free()
 
     def _free(self) -> None:

@@ -229,14 +229,13 @@ class Reader:
         self._stage = stage
         self._staging = staging
         self._max_threads = num_threads
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
+        self._changed = threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Batch]] = []
         self._serial = itertools.count()
         self._threads: set[threading.Thread] = set()
         self._closed = False
-        self._done_bytes = 0
-        self._told_bytes = 0
-        self._total_bytes = 0
+        self._done_bytes = self._told_bytes = self._total_bytes = 0
         self._busy = Busy()
         self.tracer: Tracer = NO_TRACE
 
@@ -275,7 +274,7 @@ class Reader:
     def begin(self, batch: Batch, priority: int = 0) -> Batch:
         """Begin to read a batch that was made before; returns it at once."""
         wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES) or 1)
-        with self._changed:
+        with self._lock:
             self._total_bytes += batch.total_bytes
             heapq.heappush(self._queue, (priority, next(self._serial), batch))
             while len(self._threads) < wanted:
@@ -289,7 +288,7 @@ class Reader:
 
     def close(self) -> None:
         """Cancel every batch and end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             batches, threads = [batch for *_, batch in self._queue], tuple(self._threads)
             self._queue.clear()
@@ -309,7 +308,7 @@ class Reader:
             del batch, span, job  # what was delivered must not live on in a thread that waits
 
     def _next(self) -> tuple[Batch, _Span] | None:
-        with self._changed:
+        with self._lock:
             while True:
                 while self._queue:
                     batch = self._queue[0][2]
@@ -322,7 +321,7 @@ class Reader:
 
     def _tell(self, batch: Batch, nbytes: int, begin_s: float) -> None:
         self.tracer.span("read", batch.label, begin_s, nbytes)
-        with self._changed:
+        with self._lock:
             self._done_bytes += nbytes
             if self._done_bytes - self._told_bytes < _TELL_BYTES and self._done_bytes != self._total_bytes:
                 return

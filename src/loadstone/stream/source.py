@@ -270,8 +270,12 @@ class OpenFiles:
     def _opened(self, path: Path) -> Source:
         source = Source(path, self.manners[path].mode)
         try:
-            for version in source.versions() if path in self._expected else ():
-                check_version(self._expected[path], version)
+            expected = self._expected.get(path)
+            if expected is not None and expected.version is not None:
+                for found in source.versions():
+                    # What was written to the same file is found out whenever it is used, and can be undone.
+                    if (found.device, found.inode) != (expected.version.device, expected.version.inode):
+                        check_version(expected, found)
         except BaseException:
             source.close()
             raise
