@@ -92,7 +92,7 @@ class Residency:
         self._slots = [_Slot(data=anonymous(nbytes)) for nbytes in refill.slot_sizes(num_slots)]
         self._where: dict[str, _Slot] = {}
         self._order = Order(tuple(units))
-        self._turn = Turn(self._forget, (Residency.look_up, Residency.close))
+        self._turn = Turn(self._forget, (Residency.look_up.__code__, Residency.close.__code__))
         self._entered: list[str] = []
         self._closed = False
         self._passes = self._uses = self._hits = self._unforeseen = self._streamed_bytes = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from types import FunctionType
+from types import CodeType
 
 from torch import nn
 
@@ -21,12 +21,12 @@ class Turn:
 
     Args:
         on_lost: called by the thread that takes the turn from one whose forward ended without a word.
-        scopes: functions that take the turn with `with`, outside of any forward too.
+        scopes: the code of functions that take the turn with `with`, outside of any forward too.
     """
 
-    def __init__(self, on_lost: Callable[[], None], scopes: Iterable[FunctionType]) -> None:
+    def __init__(self, on_lost: Callable[[], None], scopes: Iterable[CodeType]) -> None:
         self._on_lost = on_lost
-        self._inside = {nn.Module._call_impl.__code__, *(scope.__code__ for scope in scopes)}
+        self._inside = {nn.Module._call_impl.__code__, *scopes}
         self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
         self._changed = threading.Condition(self._lock)
         self._owner = 0
