@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -141,12 +142,12 @@ class Residency:
         Raises:
             LoadstoneError: a file is not the one whose header was read.
         """
-        self._refill.check_all()
         if self._turn.is_mine:  # an interrupt (Ctrl-C) ended this thread's last forward without a word
             self._forget()
             self._turn.drop()
         self._turn.acquire()
         self._entered.append("")
+        self._check(self._refill.check_all)
         self._passes += 1
         self._meter.begin(self._passes, self._streamed_bytes, self._stall_s)
 
@@ -160,7 +161,7 @@ class Residency:
             try:
                 self._meter.end(self._streamed_bytes, self._stall_s)
                 if hooked[-1] is not None:  # no error is on its way already
-                    self._refill.check_all()
+                    self._check(self._refill.check_all)
             finally:
                 self._left("")
 
@@ -297,15 +298,18 @@ class Residency:
             slot.state, slot.batch = State.READY, None
         else:
             self._hits += 1
-        try:
-            self._refill.check(unit)
-        except BaseException:
-            # What was read ahead may be of the wrong file too, and the right one may be put back.
-            for other in self._slots:
-                if other.state is not State.USED:
-                    self._empty(other)
-            raise
+        self._check(partial(self._refill.check, unit))
         return slot
+
+    def _check(self, files: Callable[[], None]) -> None:
+        """Check files; what was read ahead of wrong ones is dropped, for the right ones may be put back."""
+        try:
+            files()
+        except BaseException:
+            for slot in self._slots:
+                if slot.state is not State.USED:
+                    self._empty(slot)
+            raise
 
     def _spare(self, unit: str) -> _Slot:
         """A slot for a unit that nobody foresaw: the one whose content is wanted last."""
