@@ -165,7 +165,9 @@ def test_every_way_to_generate_gives_the_same(llama: tuple[Any, Any], options: d
     tokens = prompts(options.pop("batch", 2))
     try:
         expected = generated(whole, tokens, **options)
-    except (ImportError, RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
+    except (ImportError, AssertionError) as error:
+        # A package that is not there, or a build of torch without the CUDA streams that offloaded caches use.
+        assert options["cache_implementation"] in ("quantized", "offloaded", "offloaded_static")
         pytest.skip(f"transformers cannot do it here: {error}")
     assert equal(generated(model, tokens, **options), expected)
 
