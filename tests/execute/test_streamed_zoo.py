@@ -64,7 +64,7 @@ def made(folder: Path, name: str) -> Path:
         setattr(config, field, value)
     if "layer_types" in changes:
         config.num_hidden_layers = len(changes["layer_types"])
-    elif getattr(config, "layer_types", None):
+    elif config.to_dict().get("layer_types"):
         config.layer_types = (config.layer_types * 5)[: config.num_hidden_layers]
     torch.manual_seed(0)
     model = getattr(transformers, builders.KINDS[kind].auto_class).from_config(config)
