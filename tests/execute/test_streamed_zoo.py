@@ -43,8 +43,8 @@ ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixture with dense layers": ("causal", "qwen3_moe", {"num_hidden_layers": 3}),
     "state space": ("causal", "mamba", DEPTH),
     "encoder and decoder": ("seq2seq", "t5", {"num_layers": 3}),
+    "encoder, its bias tied to the head's": ("encoder", "bert", DEPTH),
     "encoder and decoder, learned positions": ("seq2seq", "bart", {"max_position_embeddings": 128}),
-    "encoder": ("encoder", "bert", DEPTH),
 }
 
 
