@@ -24,6 +24,7 @@ import torch
 import loadstone
 from loadstone.hardware.memory import resident
 
+torch.set_num_threads(1)  # products this small only wait for a second one
 model = loadstone.load(sys.argv[1], dtype="float32", device_map=json.loads(sys.argv[2]))
 
 def passes(count):
