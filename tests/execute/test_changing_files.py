@@ -183,7 +183,30 @@ def test_what_is_mapped_is_not_overwritten_unseen(copied: Path) -> None:
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def decode_for_ever(model: Any, expected: torch.Tensor) -> None:
+    while True:
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("change", [overwrite, cut_short])
+def test_a_decode_loop_beside_a_file_that_is_written_to(
+    copied: Path, whole: nn.Module, change: Callable[[Path], Undo]
+) -> None:
+    for path in sorted(copied.glob("*.safetensors")):
+        model, expected = streamed(copied), logits(whole)
+        undo: list[Undo] = []
+        thread = threading.Timer(0.02, lambda path=path, undo=undo: undo.append(change(path)))
+        thread.start()
+        with pytest.raises(LoadstoneError, match=path.name):
+            decode_for_ever(model, expected)
+        thread.join()
+        with pytest.raises(LoadstoneError, match=path.name):
+            logits(model)
+        undo.pop()()
+        loadstone.of(model).close()
+
+
+@pytest.mark.parametrize("change", [replace, remove])
 def test_a_decode_loop_beside_a_file_that_comes_and_goes(
     copied: Path, whole: nn.Module, change: Callable[[Path], Undo]
 ) -> None:
