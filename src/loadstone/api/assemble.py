@@ -105,6 +105,7 @@ def assemble(begun: Begun) -> Assembled:
     with recorder.stage("tensors") as told:
         made = materializer.run(resident, mapped.targets)
         blueprint.place(module, {**made.tensors, **streamed.stand_ins})
+        streamed.note_placed(module)
         told.text = (
             f"{format_bytes(made.mapped_bytes)} mapped where they lie, {format_bytes(made.read_bytes)} read and decoded"
         )

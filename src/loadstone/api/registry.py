@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loadstone.execute.trace import recorded
 from loadstone.plan.values import Plan, UnitKind
 from loadstone.report.load_report import LoadReport
+from loadstone.report.streaming import as_text
+from loadstone.report.trace import check_writable, write_trace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +34,12 @@ class Loaded:
     Attributes:
         report: of its load.
         residency: what keeps it running, where parts of it are streamed.
+        model: the module, for as long as it lives.
     """
 
     report: LoadReport
     residency: Residency | None = None
+    model: weakref.ref[nn.Module] | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -40,7 +48,40 @@ class Loaded:
 
     def stats(self) -> StreamStats | None:
         """What streaming has done so far; None where nothing is streamed."""
-        return None if self.residency is None else self.residency.stats()
+        if self.residency is None:
+            return None
+        rates = self.report.rates
+        return replace(self.residency.stats(), disk_bytes_per_s=rates.disk_bytes_per_s if rates is not None else None)
+
+    def summary(self) -> str:
+        """The same in a line or two; "" where nothing is streamed."""
+        stats = self.stats()
+        return "" if stats is None else as_text(stats)
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Write what happens in the body to a file that chrome://tracing and https://ui.perfetto.dev open.
+
+        It shows, thread by thread, which bytes were read when, what waited for them, and what computed; on an
+        accelerator, what was asked of it. The file is written whole at the end, also where the body fails.
+
+        Args:
+            path: the file, of JSON; replaced where it is there.
+
+        Raises:
+            DestinationError: it cannot be written.
+            ValueError: the model is traced already.
+        """
+        path = Path(path)
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise ValueError("the model that was to be traced is gone.")
+        check_writable(path)
+        with recorded(model, self.residency) as recording:
+            try:
+                yield
+            finally:
+                write_trace(path, recording)
 
     def assist(self, draft: nn.Module | None = None) -> Assist:
         """Greedy decoding in which a pass yields several tokens, for `model.generate()`.
@@ -82,7 +123,7 @@ class Loaded:
 def remember(model: nn.Module, loaded: Loaded) -> None:
     """Keep `loaded` for as long as the model lives."""
     with _LOCK:
-        _LOADED[model] = loaded
+        _LOADED[model] = replace(loaded, model=weakref.ref(model))
 
 
 def of(model: nn.Module) -> Loaded:

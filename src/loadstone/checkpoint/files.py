@@ -109,11 +109,20 @@ def check_unchanged(files: Iterable[CheckpointFile], *, advice: str = "load it a
             version = version_of(file.path.stat())
         except OSError as error:
             raise unreadable(file.path, error) from None
-        if file.version is not None and version != file.version:
-            raise FileChanged(
-                f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
-                f"replaced or written to meanwhile ({version.nbytes:,} bytes now); {advice}."
-            )
+        check_version(file, version, advice)
+
+
+def check_version(file: CheckpointFile, found: FileVersion, advice: str = "load it again") -> None:
+    """Check that what was found at a file's path is the file whose header was read.
+
+    Raises:
+        FileChanged: it is another.
+    """
+    if file.version is not None and found != file.version:
+        raise FileChanged(
+            f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
+            f"replaced or written to meanwhile ({found.nbytes:,} bytes now); {advice}."
+        )
 
 
 def unreadable(path: Path, error: OSError) -> UnreadableFile:

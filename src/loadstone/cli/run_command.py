@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loadstone.cli import options
+from loadstone.cli.live import Screen
 from loadstone.cli.loading import LoadOptions, load_model, with_options
-from loadstone.cli.progress import shown
 from loadstone.cli.prompts import read_prompts
 from loadstone.cli.run_batch import Answering, answer_all, batch_size
 from loadstone.execute.values import Assisted, Generated, Prompt, Sampling
@@ -26,6 +27,8 @@ EPILOG = """[bold]Examples[/bold]
 loadstone run "Why is the sky blue?"
 
 loadstone run ./Qwen2.5-7B-Instruct "Write a haiku about disks" --temperature 0
+
+loadstone run ./Qwen2.5-7B-Instruct "Hello" --max-memory 6GB --trace trace.json
 
 git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message for this change"
 
@@ -61,6 +64,9 @@ def run_command(
     batch_file: options.BatchFile = None,
     assist: options.AssistOption = None,
     draft: options.DraftOption = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace of reads and compute here; ui.perfetto.dev shows it.")
+    ] = None,
     *,
     wanted: RunOptions,
     quiet: options.Quiet = False,
@@ -70,7 +76,9 @@ def run_command(
 
     With one argument only, the demo model answers it: loadstone run "Why is the sky blue?"
     """
+    from loadstone.api.registry import of
     from loadstone.hardware.memory import PeakWatch
+    from loadstone.report.trace import check_writable
 
     if draft is not None and (assist is False or wanted.plan is not None):
         other = "--plan" if assist is not False else "--no-assist"
@@ -85,22 +93,24 @@ def run_command(
     else:
         source, text = _source_and_prompt(source, prompt)
         prompts = [Prompt(text=text, system=system, raw=raw)]
+    if trace is not None:
+        check_writable(trace)
+    screen = Screen(options.err(), quiet=quiet or as_json)
     with PeakWatch() as watch:
-        with shown(options.err(), quiet=quiet or as_json) as observer:
-            answering, size = _loaded(source, wanted, prompts, sampling, _Foretelling(assist, draft), observer)
+        with screen.loading():
+            answering, size = _loaded(source, wanted, prompts, sampling, _Foretelling(assist, draft), screen.observer)
+        loaded = of(answering.model)
+        tracing = nullcontext() if trace is None else loaded.trace(trace)
         if batch_file is not None:
-            answer_all(answering, prompts, size, as_json=as_json, quiet=quiet)
+            with tracing:
+                answer_all(answering, prompts, size, as_json=as_json, quiet=quiet)
             return
         from loadstone.execute.generate import generate
 
-        made = generate(
-            answering.model,
-            answering.tokenizer,
-            prompts[0],
-            sampling,
-            _nothing if as_json else _say,
-            answering.assist,
-        )
+        with tracing, screen.answering(loaded.plan, _nothing if as_json else _say) as on_text:
+            made = generate(
+                answering.model, answering.tokenizer, prompts[0], sampling, on_text, assist=answering.assist
+            )
     _close(answering.model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
 
 
@@ -204,8 +214,10 @@ def _nothing(text: str) -> None:
 
 def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
     from loadstone.api.registry import of
+    from loadstone.report.streaming import to_json
 
-    report = of(model).report
+    loaded = of(model)
+    report, stats = loaded.report, loaded.stats()
     if as_json:
         options.print_json(
             {
@@ -219,6 +231,7 @@ def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
                 "dtype": report.dtype.value,
                 "device": report.device.value,
                 "assisted": None if made.assisted is None else asdict(made.assisted),
+                "streaming": None if stats is None else to_json(stats),
             }
         )
         return
@@ -226,7 +239,8 @@ def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
     options.err().print(
         f"\nloaded in {format_seconds(report.seconds)} ({report.dtype.value} on {report.device.value}), "
         f"first token after {format_seconds(made.first_token_s)}, {made.tokens_per_s:.1f} tokens/s over "
-        f"{made.num_new_tokens} tokens{_assisted_line(made.assisted)}, peak memory {format_bytes(peak_bytes)}",
+        f"{made.num_new_tokens} tokens{_assisted_line(made.assisted)}, peak memory {format_bytes(peak_bytes)}"
+        + (f"\n{loaded.summary()}" if stats is not None else ""),
         style="dim",
         highlight=False,
     )

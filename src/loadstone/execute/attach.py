@@ -32,6 +32,7 @@ class Streamed:
         units: the name of the unit of each, by fqn.
         wanted: what fills them, by fqn.
         stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
+        placed: the parameters that were made of them: a tie may give one of these new memory and keep it.
         notes: what was to be streamed and is not, and why.
         experts: those whose entries come one by one.
     """
@@ -39,8 +40,14 @@ class Streamed:
     units: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, Wanted] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
+    placed: dict[str, nn.Parameter] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     experts: Experts = field(default_factory=Experts)
+
+    def note_placed(self, module: nn.Module) -> None:
+        """Remember which parameters the stand-ins became; for before the module is finished."""
+        found = module.named_parameters(remove_duplicate=False)
+        self.placed = {fqn: parameter for fqn, parameter in found if fqn in self.stand_ins}
 
     def add(self, unit: str, wanted: Wanted) -> None:
         """Stream one more parameter."""
@@ -182,7 +189,7 @@ def attach(
     refill = Refill(wanted, checkpoint, observer)
     members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
     units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
-    residency = Residency(units, refill, max(num_slots, _deepest(groups)))
+    residency = Residency(units, refill, max(num_slots, _deepest(groups)), observer)
     group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
     for fqn, member in members.items():
         member.placeholder.holder = member.owners[0]
@@ -223,10 +230,13 @@ def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
         paths.setdefault(id(owner), []).append(path)
         owners[id(owner)] = owner
     by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
+    by_identity = {id(parameter): fqn for fqn, parameter in streamed.placed.items()}
     places: dict[str, list[_Place]] = {}
     for ident, owner in owners.items():
         for name, parameter in owner._parameters.items():
-            fqn = None if parameter is None else by_address.get(parameter.data_ptr())
+            fqn = by_identity.get(id(parameter))
+            if fqn is None and parameter is not None:
+                fqn = by_address.get(parameter.data_ptr())
             if fqn is not None:
                 places.setdefault(fqn, []).append(_Place(owner, name, tuple(paths[ident])))
     return places

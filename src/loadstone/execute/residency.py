@@ -7,20 +7,23 @@ may be the beginning of the next pass. The files are the only copy; nothing is e
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from loadstone.errors import StreamedModel
+from loadstone.events import NO_TRACE, Observer, Tracer, ignore
 from loadstone.execute.expert_room import ExpertCounts
+from loadstone.execute.meter import Meter
 from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.prefetch import Order
+from loadstone.execute.turn import Turn
 from loadstone.execute.values import StreamStats
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.memory import Bytes, anonymous
@@ -80,20 +83,26 @@ class Residency:
             the unit's places in `refill`.
         refill: reads them.
         num_slots: how many are in memory at a time.
+        observer: is told of the progress of each forward.
     """
 
-    def __init__(self, units: Mapping[str, Sequence[Member]], refill: Refill, num_slots: int) -> None:
+    def __init__(
+        self, units: Mapping[str, Sequence[Member]], refill: Refill, num_slots: int, observer: Observer = ignore
+    ) -> None:
         self._units = dict(units)
         self._refill = refill
         self._slots = [_Slot(data=anonymous(nbytes)) for nbytes in refill.slot_sizes(num_slots)]
         self._where: dict[str, _Slot] = {}
         self._order = Order(tuple(units))
-        self._turn = threading.RLock()
+        self._turn = Turn(self._forget, (Residency.look_up.__code__, Residency.close.__code__))
         self._entered: list[str] = []
         self._experts: ExpertCounts | None = None
         self._closed = False
         self._passes = self._uses = self._hits = self._unforeseen = self._streamed_bytes = 0
         self._stall_s = 0.0
+        self._pass_bytes = sum(recipe.moved_bytes for recipe in refill.recipes.values())
+        self._meter = Meter(len(units), self._pass_bytes, observer)
+        self._tracer: Tracer = NO_TRACE
         self._read_ahead()
 
     def stats(self) -> StreamStats:
@@ -109,7 +118,10 @@ class Residency:
             num_units=len(self._units),
             num_slots=len(self._slots),
             slot_bytes=sum(slot.data.size for slot in self._slots),
-            pass_bytes=sum(recipe.moved_bytes for recipe in self._refill.recipes.values()),
+            pass_bytes=self._pass_bytes,
+            pass_s=self._meter.seconds,
+            read_bytes=self._refill.reader.done_bytes,
+            read_s=self._refill.reader.busy_s,
             expert_uses=experts.uses,
             expert_hits=experts.hits,
             expert_bytes=experts.read_bytes,
@@ -120,6 +132,15 @@ class Residency:
         """Tell of experts, which have a room of their own, in the statistics."""
         self._experts = counts
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What comes and goes."""
+        return tuple(self._units)
+
+    def trace_to(self, tracer: Tracer) -> None:
+        """Have reads, waits and switches kept by `tracer` from now on."""
+        self._tracer = self._refill.reader.tracer = tracer
+
     def close(self) -> None:
         """End the threads and close the files; the model cannot be used any more."""
         with self._turn:
@@ -127,18 +148,33 @@ class Residency:
             self._refill.close()
 
     def begin_pass(self, *_: Any) -> None:
-        """Before the forward of the whole model: take the turn."""
-        self._turn.acquire()
-        if self._entered:  # an interrupt (Ctrl-C) ended this thread's last forward without a word
-            self._abandon()
-        self._entered.append("")
-        self._passes += 1
+        """Before the forward of the whole model: take the turn.
 
-    def end_pass(self, *_: Any) -> None:
-        """After it."""
+        Raises:
+            LoadstoneError: a file is not the one whose header was read.
+        """
+        if self._turn.is_mine:  # an interrupt (Ctrl-C) ended this thread's last forward without a word
+            self._forget()
+            self._turn.drop()
+        self._turn.acquire()
+        self._entered.append("")
+        self._check(self._refill.check_all)
+        self._passes += 1
+        self._meter.begin(self._passes, self._streamed_bytes, self._stall_s)
+
+    def end_pass(self, *hooked: Any) -> None:
+        """After it.
+
+        Raises:
+            LoadstoneError: a file was written to meanwhile, and what of it is mapped may have changed.
+        """
         if self.is_computing():
-            self._entered.remove("")
-            self._turn.release()
+            try:
+                self._meter.end(self._streamed_bytes, self._stall_s)
+                if hooked[-1] is not None:  # no error is on its way already
+                    self._check(self._refill.check_all)
+            finally:
+                self._left("")
 
     def enter(self, unit: str, *_: Any) -> None:
         """Before the forward of a unit: have its parameters in place.
@@ -148,15 +184,20 @@ class Residency:
             LoadstoneError: its files cannot be read, or are not those whose headers were read.
         """
         self._turn.acquire()
+        if not self._entered:
+            self._meter.start()
         self._entered.append(unit)
         self._refuse_gradients(unit)
         slot = self._where.get(unit)
         if slot is None or slot.state is not State.USED:
             self._uses += 1
             self._order.visit(unit)
+            self._meter.need(unit, self._streamed_bytes, self._stall_s)
             slot = self._arrived(unit)
             slot.state = State.USED
+            begin = time.perf_counter()
             self._switch(unit, slot)
+            self._tracer.span("switch", unit, begin)
         slot.depth += 1
         self._read_ahead()
 
@@ -178,7 +219,6 @@ class Residency:
         """
         if not self.is_computing() or unit not in self._entered:
             return None
-        self._entered.remove(unit)
         slot, output = self._where.get(unit), None
         if slot is not None and slot.state is State.USED:
             output = _kept(hooked[-1], slot.data)
@@ -186,7 +226,7 @@ class Residency:
             if not slot.depth:
                 self._let_go(slot)
                 self._read_ahead()
-        self._turn.release()
+        self._left(unit)
         return output
 
     def look_up(self, rows: Rows, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
@@ -208,6 +248,7 @@ class Residency:
             rows.bring(ids.numpy())
             self._stall_s += time.perf_counter() - begin
             self._streamed_bytes += rows.read_bytes - before
+            self._tracer.span("wait", fqn, begin, rows.read_bytes - before)
             taken = take(table)
             rows.trim()
             return taken
@@ -232,18 +273,20 @@ class Residency:
 
     def is_computing(self) -> bool:
         """Whether a forward of the model is under way in this thread."""
-        mine = self._turn.acquire(blocking=False)
-        if mine:
-            self._turn.release()
-        return mine and bool(self._entered)
+        return self._turn.is_mine and bool(self._entered)
 
-    def _abandon(self) -> None:
-        """Forget forwards of this thread that never ended."""
+    def _left(self, entered: str) -> None:
+        """One forward is over, and with the outermost the turn."""
+        self._entered.remove(entered)
+        if not self._entered:
+            self._meter.stop()
+        self._turn.release()
+
+    def _forget(self) -> None:
+        """Forget forwards that never ended."""
         for slot in self._slots:
             if slot.state is State.USED:
                 self._let_go(slot)
-        for _ in self._entered:
-            self._turn.release()
         self._entered.clear()
 
     def _refuse_gradients(self, unit: str) -> None:
@@ -272,15 +315,22 @@ class Residency:
                 raise
             self._stall_s += time.perf_counter() - begin
             self._streamed_bytes += slot.batch.total_bytes
+            self._tracer.span("wait", unit, begin, slot.batch.total_bytes)
             slot.state, slot.batch = State.READY, None
         else:
             self._hits += 1
-        try:
-            self._refill.check(unit)
-        except BaseException:
-            self._empty(slot)
-            raise
+        self._check(partial(self._refill.check, unit))
         return slot
+
+    def _check(self, files: Callable[[], None]) -> None:
+        """Check files; what was read ahead of wrong ones is dropped, for the right ones may be put back."""
+        try:
+            files()
+        except BaseException:
+            for slot in self._slots:
+                if slot.state is not State.USED:
+                    self._empty(slot)
+            raise
 
     def _spare(self, unit: str) -> _Slot:
         """A slot for a unit that nobody foresaw: the one whose content is wanted last."""
@@ -297,7 +347,7 @@ class Residency:
         """Fill every slot that is not needed with what comes next, each unit into the smallest that it fits in."""
         free = [slot for slot in self._slots if slot.state is not State.USED]
         soon = self._order.coming(len(free))
-        spare = [slot for slot in free if slot.unit not in soon]
+        spare = [slot for slot in free if slot.unit not in soon or self._where.get(slot.unit) is not slot]
         for unit in soon:
             fitting = [slot for slot in spare if self._has_room(slot, unit)]
             if unit not in self._where and fitting:
@@ -310,15 +360,19 @@ class Residency:
 
     def _begin(self, unit: str, slot: _Slot, *, priority: int) -> None:
         self._empty(slot)
-        slot.batch = self._refill.fill(unit, slot.data, priority=priority)
+        # Known before it runs, and found only once it runs: an interrupt can come at any line.
+        slot.batch = self._refill.batch(unit, slot.data)
+        self._refill.reader.begin(slot.batch, priority)
         slot.state, slot.unit = State.COMING, unit
         self._where[unit] = slot
 
     def _empty(self, slot: _Slot) -> None:
+        if self._where.get(slot.unit) is slot:
+            del self._where[slot.unit]
+        slot.state, slot.unit = State.EMPTY, ""
         if slot.batch is not None:
             slot.batch.cancel()
-        self._where.pop(slot.unit, None)
-        slot.state, slot.unit, slot.batch = State.EMPTY, "", None
+            slot.batch = None
 
     def _switch(self, unit: str, slot: _Slot) -> None:
         """Put the parameters that lie in a slot into their modules."""

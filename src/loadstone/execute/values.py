@@ -115,10 +115,14 @@ class StreamStats:
         num_slots: how many of them are in memory at a time.
         slot_bytes: the memory of all slots.
         pass_bytes: what one use of every unit reads.
+        pass_s: how long all forwards took together.
+        read_bytes: read from the files, with what was read ahead and is not used yet.
+        read_s: how long at least one thread was reading.
         expert_uses: how often routers chose an expert's parameter.
         expert_hits: such choices of what was in memory already.
         expert_bytes: read from the files for experts; part of `streamed_bytes`.
         room_bytes: the memory that experts take at most.
+        disk_bytes_per_s: what the disk was measured to do at best; None where that was not measured.
     """
 
     passes: int
@@ -131,7 +135,31 @@ class StreamStats:
     num_slots: int
     slot_bytes: int
     pass_bytes: int
+    pass_s: float
+    read_bytes: int
+    read_s: float
     expert_uses: int = 0
     expert_hits: int = 0
     expert_bytes: int = 0
     room_bytes: int = 0
+    disk_bytes_per_s: float | None = None
+
+    @property
+    def compute_s(self) -> float:
+        """What forwards did besides waiting."""
+        return max(0.0, self.pass_s - self.stall_s)
+
+    @property
+    def waited_share(self) -> float:
+        """The part of the time of all forwards that they waited for the disk, 0 to 1."""
+        return min(1.0, self.stall_s / self.pass_s) if self.pass_s else 0.0
+
+    @property
+    def overlap(self) -> float:
+        """The part of the time of reading in which nobody waited for it, 0 to 1."""
+        return max(0.0, 1 - self.stall_s / self.read_s) if self.read_s else 0.0
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """How fast the files were read while they were read."""
+        return self.read_bytes / self.read_s if self.read_s else 0.0

@@ -20,7 +20,7 @@ from loadstone.events import Observer, ignore
 from loadstone.stream.convert import copy
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Batch, Fill, Prepared, Reader, prepare
+from loadstone.stream.read import Batch, Fill, Prepared, Reader, batch_of, prepare
 from loadstone.stream.rearrange import (
     Rearranged,
     decoded_nbytes,
@@ -226,7 +226,7 @@ class Refill:
         self._prepared: dict[tuple[str, int], tuple[Prepared, list[Rearranged]]] = {}
         self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
         self.reader = Reader(observer=observer, stage="stream")
-        self.files = OpenFiles(streaming_manners(self._versions))
+        self.files = OpenFiles(streaming_manners(self._versions), checkpoint.files)
 
     def slot_sizes(self, count: int) -> list[int]:
         """How large each of `count` slots must be, so that any `count` different units find room at once."""
@@ -243,13 +243,17 @@ class Refill:
         Returns:
             What can be waited for; `check` afterwards that the files are still the same.
         """
+        return self.reader.begin(self.batch(unit, slot), priority)
+
+    def batch(self, unit: str, slot: Bytes) -> Batch:
+        """The same, for `reader.begin` to begin: what is to be cancelled must be known before it runs."""
         key = (unit, slot.ctypes.data)
         if key not in self._prepared:
             self._prepared[key] = self.recipes[unit].prepare(slot)
         prepared, kernels = self._prepared[key]
         for kernel in kernels:
             kernel.restart()
-        return self.reader.repeat(prepared, self.files, priority=priority)
+        return batch_of(prepared, self.files, unit)
 
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read.
@@ -259,6 +263,15 @@ class Refill:
             FileChanged: one was replaced, cut short or written to.
         """
         check_unchanged(self._files_of[unit])
+
+    def check_all(self) -> None:
+        """Check that all files are those whose headers were read.
+
+        Raises:
+            UnreadableFile: one is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+        check_unchanged(self._versions.values())
 
     def versions(self, wanted: Iterable[Wanted]) -> tuple[CheckpointFile, ...]:
         """The files that parameters lie in, as they were when their headers were read."""

@@ -81,10 +81,14 @@ class Rows:
                 # The reader's threads are in the midst of long reads, which would have to end first.
                 read_now(prepared, self._refill.files, self._staging)
             else:
-                self._refill.reader.repeat(prepared, self._refill.files, priority=-1).wait()
+                self._refill.reader.repeat(prepared, self._refill.files, priority=-1, label=self._info.name).wait()
             self.read_bytes += prepared.total_bytes
             self._present[missing] = True
-        check_unchanged(self._versions)
+        try:
+            check_unchanged(self._versions)
+        except BaseException:
+            self._forget()  # the right file may be put back
+            raise
 
     def _fill(self, first: int, end: int) -> Fill:
         info = self._info
@@ -103,5 +107,8 @@ class Rows:
         """Drop the rows once they take more than a few megabytes."""
         pages_of_row = -(-self._row_bytes // PAGE_BYTES) + (self._row_bytes % PAGE_BYTES != 0)
         if int(self._present.sum()) * pages_of_row * PAGE_BYTES > _KEPT_BYTES:
-            give_back(self.data)
-            self._present[:] = False
+            self._forget()
+
+    def _forget(self) -> None:
+        give_back(self.data)
+        self._present[:] = False
