@@ -85,14 +85,14 @@ def test_what_moves_less_is_taken_where_computing_takes_longer_anyway() -> None:
 
 
 def test_a_table_is_streamed_by_rows() -> None:
-    plan = host_plan(80_000_000)
+    plan = host_plan(24_000_000)
     table = plan.placements[0]
     assert (table.unit, table.is_streamed, table.moved_bytes) == ("model.embed_tokens", True, 2 * 256)
 
 
 def test_experts_that_few_tokens_choose_are_streamed_before_what_all_need() -> None:
     model = llama(layers=8, width=128, inner=512, experts=8)
-    plan = host_plan(75_000_000, model)
+    plan = host_plan(24_000_000, model)
     streamed = {one.kind.value for one in plan.placements if one.is_streamed}
     assert streamed == {"expert", "embedding"}
     assert any(not one.is_streamed for one in plan.placements if one.kind.value == "expert")

@@ -19,7 +19,7 @@ from loadstone.plan.units import Inventory, inventory
 from loadstone.plan.values import DISK, HOST, Asked, Plan, Run, Unit
 
 # What the planner keeps free on the host and on a GPU for these small models, roughly; budgets are drawn around it.
-HOST_FLOOR = 70_000_000
+HOST_FLOOR = 10_000_000
 GPU_FLOOR = CONTEXT_BYTES["cuda"] + 100_000_000
 
 

@@ -9,7 +9,16 @@ import torch
 import builders
 from loadstone.plan.facts import Facts, facts_of
 from loadstone.plan.layer_caches import LayerCache
-from loadstone.plan.reserve import Pressure, activation_bytes, cache_bytes, host_workspace_bytes, logits_bytes, terms
+from loadstone.plan.reserve import (
+    FIRST_PASS_BYTES,
+    Loading,
+    Pressure,
+    activation_bytes,
+    cache_bytes,
+    heap_bytes,
+    logits_bytes,
+    terms,
+)
 from loadstone.plan.values import Run
 
 NUM_TOKENS = 12
@@ -71,7 +80,7 @@ def test_a_decoder_also_keeps_what_it_attends_to_of_the_encoder(model_type: str)
     tokens = torch.arange(3, 3 + NUM_TOKENS)[None]
     with torch.inference_mode():
         real = allocated(model(input_ids=tokens, decoder_input_ids=tokens, use_cache=True).past_key_values)
-    run = Run(context=NUM_TOKENS, prompt_tokens=NUM_TOKENS)
+    run = Run(context=2 * NUM_TOKENS - 1, prompt_tokens=NUM_TOKENS)  # a decoder begins with one token of its own
     assert sum(cache_bytes(facts(model), Pressure(run=run, dtype_bits=32))) == real
 
 
@@ -151,6 +160,17 @@ def test_terms_grow_with_the_tokens_and_stand_apart() -> None:
 
 
 def test_staging_shares_the_place_of_what_a_pass_needs() -> None:
-    alone, beside = host_workspace_bytes(10, 5, 0), host_workspace_bytes(10, 5, 10**9)
-    assert alone - beside == 64_000_005
-    assert beside == 120_000
+    loading = Loading(num_tensors=10, staging_bytes=64_000_000, largest_bytes=5)
+    assert loading.workspace_bytes(0, 0) == 64_000_005 + 120_000
+    assert loading.workspace_bytes(10**9, 0) == 120_000
+    assert loading.workspace_bytes(60_000_000, 3_000_000) == 3_000_000 + 1_000_005 + 120_000
+
+
+def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
+    model: Any = builders.tiny_model("llama", "causal")
+    short = Pressure(run=Run(context=64, prompt_tokens=32), dtype_bits=32)
+    found = facts(model)
+    used = activation_bytes(terms(found, short)) + logits_bytes(terms(found, short)) + sum(cache_bytes(found, short))
+    assert heap_bytes(found, short) == int(1.5 * used) + FIRST_PASS_BYTES
+    long = Pressure(run=Run(context=10**8, prompt_tokens=10**8), dtype_bits=32)
+    assert heap_bytes(found, long) < 10**9 < activation_bytes(terms(found, long))

@@ -14,7 +14,7 @@ from loadstone.hardware.spec import Device
 from loadstone.plan.budget import SHARED_MEMORY
 from loadstone.plan.cost import Speeds
 from loadstone.plan.place import Assignment, Missing, Placed, Segment, place, run_s
-from loadstone.plan.reserve import PINNED_RING_BYTES, host_workspace_bytes
+from loadstone.plan.reserve import PINNED_RING_BYTES, Loading
 from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Unit, UnitKind
 
@@ -40,7 +40,8 @@ class Problem:
         cache_bytes: by place in execution, what the layer there keeps between passes.
         pass_bytes: activations and logits of the largest pass, on each device that computes.
         device_workspace_bytes: of an accelerator.
-        rearranged_bytes: what the largest tensor takes beside its place on the host while it is loaded.
+        heap_bytes: what the host's allocator keeps beside them and the cache, where it computes.
+        loading: what loading needs on the host.
         tokens: of a decoding pass, and of the pass over the prompt.
         num_passes: decoding passes for each pass over a prompt.
         speeds: of the machine.
@@ -55,7 +56,8 @@ class Problem:
     cache_bytes: Mapping[int, int]
     pass_bytes: int
     device_workspace_bytes: int
-    rearranged_bytes: int
+    heap_bytes: int
+    loading: Loading
     tokens: tuple[int, int]
     num_passes: int
     speeds: Speeds
@@ -66,7 +68,7 @@ class Problem:
         """What loading needs on the host beside weights, cache and activations."""
         other = self.cache_of(computing) + self.pass_bytes if computing else 0
         pinned = PINNED_RING_BYTES * num_accelerators
-        return host_workspace_bytes(len(self.inventory.tensors), self.rearranged_bytes, other) + pinned
+        return self.loading.workspace_bytes(other, self.heap_bytes if computing else 0) + pinned
 
     def cache_of(self, units: Iterable[Unit]) -> int:
         """What the layers of these units keep between passes."""

@@ -20,10 +20,14 @@ from loadstone.plan.layout import Layout, Problem, best_layout, cache_by_order
 from loadstone.plan.place import Missing
 from loadstone.plan.predict import device_plans, placements, prediction
 from loadstone.plan.reserve import (
+    CAST_BYTES,
+    DECODE_BYTES,
     DEVICE_WORKSPACE_BYTES,
+    Loading,
     Pressure,
     activation_bytes,
     cache_bytes,
+    heap_bytes,
     logits_bytes,
     terms,
 )
@@ -157,7 +161,8 @@ class _Planner:
             cache_bytes=cache_by_order(found.units, cache_bytes(facts, pressure)),
             pass_bytes=activation_bytes(allocated) + logits_bytes(allocated),
             device_workspace_bytes=DEVICE_WORKSPACE_BYTES,
-            rearranged_bytes=_rearranged_bytes(found),
+            heap_bytes=heap_bytes(facts, pressure),
+            loading=_loading(found),
             # What keeps nothing between passes has one kind of pass only.
             tokens=(asked.run.batch if facts.caches else pressure.tokens, pressure.tokens),
             num_passes=asked.run.context - asked.run.prompt_tokens if facts.caches else 0,
@@ -168,8 +173,8 @@ class _Planner:
         return _Case(problem=problem, facts=facts, dtype=dtype, terms=allocated)
 
 
-def _rearranged_bytes(found: Inventory) -> int:
-    """What the largest tensor that cannot be read to its place takes beside it: see `load_peak`."""
+def _loading(found: Inventory) -> Loading:
+    """What loading needs beside the weights; of what cannot be read to its place, the largest counts (`load_peak`)."""
     most = 0
     for name, info in found.tensors.items():
         if name in found.rearranged:
@@ -177,7 +182,10 @@ def _rearranged_bytes(found: Inventory) -> int:
         # No element is wider than 16 bytes.
         elif info.strides is not None or (info.offset % 16 and not info.is_aligned):
             most = max(most, 4 * info.numel + info.nbytes)
-    return most
+    is_decoded = any(info.encoding is not None for info in found.tensors.values())
+    is_cast = any(unit.mappable_bytes < unit.memory_bytes for unit in found.units)
+    staging = DECODE_BYTES if is_decoded else CAST_BYTES if is_cast or most else 0
+    return Loading(num_tensors=len(found.tensors), staging_bytes=staging, largest_bytes=most)
 
 
 def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:

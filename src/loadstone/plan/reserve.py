@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loadstone.plan.facts import Facts
-from loadstone.plan.load_peak import FIXED_BYTES, TENSOR_BYTES
+from loadstone.plan.load_peak import TENSOR_BYTES
 from loadstone.plan.values import Run
 
 # What cuBLAS and cuDNN keep on a device once they have computed.
@@ -19,6 +19,15 @@ DEVICE_WORKSPACE_BYTES = 96_000_000
 # The ring of page-locked buffers on the host through which weights reach one device.
 PINNED_RING_BYTES = 16_000_000
 _FLOAT32_BYTES = 4
+# What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
+# most: 0.3 to 1.5, found with eight models (benchmarks/bench_plan.py). Blocks of more than 32 MB go back at once.
+# Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
+HEAP_SHARE = 1.5
+_HEAP_BLOCK_BYTES = 32 << 20
+# Threads, generators and kernels that come into being with the first pass.
+FIRST_PASS_BYTES = 6_000_000
+# Staging buffers of the threads that read, where tensors are cast, and where blocks are decoded.
+CAST_BYTES, DECODE_BYTES = 16_000_000, 64_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +58,10 @@ def cache_bytes(facts: Facts, pressure: Pressure) -> tuple[int, ...]:
     run, width = pressure.run, pressure.width_bytes
     source = facts.max_source or run.prompt_tokens
     cross = facts.cross_numel * source * width
-    return tuple(run.batch * (layer.nbytes(run.context, run.prompt_tokens, width) + cross) for layer in facts.layers)
+    prompt, context = run.prompt_tokens, run.context
+    if facts.cross_numel:  # the decoder begins anew, with one token
+        prompt, context = 1, run.context - run.prompt_tokens + 1
+    return tuple(run.batch * (layer.nbytes(context, prompt, width) + cross) for layer in facts.layers)
 
 
 def terms(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
@@ -96,18 +108,63 @@ def logits_bytes(found: Mapping[str, int]) -> int:
     return found["logits"] + found["logits_float32"]
 
 
-def host_workspace_bytes(num_tensors: int, largest_bytes: int, other_bytes: int) -> int:
-    """What loading needs on the host beside the weights, as far as the run does not need more at the same place.
-
-    Python's part of each tensor stays. Staging buffers and what is between two steps go before the first pass, so
-    they share memory with the cache and the activations.
+def heap_bytes(facts: Facts, pressure: Pressure) -> int:
+    """What a host's memory allocator keeps beside what a pass and the cache have in use, as measured.
 
     Args:
-        num_tensors: of the checkpoint.
-        largest_bytes: what the largest tensor takes beside its place while it is rearranged; 0 where none is.
-        other_bytes: cache, activations and logits of the host.
+        facts: of the config.
+        pressure: the largest pass.
     """
-    return TENSOR_BYTES * num_tensors + max(0, FIXED_BYTES + largest_bytes - other_bytes)
+    found, blocks = terms(facts, pressure), _blocks(facts, pressure)
+    small = {name: nbytes if blocks[name] <= _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
+    cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes <= 2 * _HEAP_BLOCK_BYTES)
+    return int(HEAP_SHARE * (activation_bytes(small) + logits_bytes(small) + cache)) + FIRST_PASS_BYTES
+
+
+def _blocks(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
+    """How large the tensors are that `terms` adds up, one of each."""
+    tokens, width = pressure.tokens, pressure.width_bytes
+    chosen = tokens * facts.num_chosen
+    rows = max(facts.num_heads * facts.key_dim, facts.num_kv_heads * facts.key_dim)
+    return {
+        "residual": tokens * facts.width * width,
+        "norm": tokens * facts.width * _FLOAT32_BYTES,
+        "attention": tokens * rows * width,
+        "feed_forward": tokens * facts.inner * width,
+        "experts": chosen * max(facts.width, 2 * facts.expert_inner) * width,
+        "mask": _mask(facts, pressure),
+        "cache_growth": max(cache_bytes(facts, pressure), default=0) // 2,  # keys and values
+        "logits": _logits_rows(facts, pressure) * facts.vocab * width,
+        "logits_float32": pressure.run.batch * facts.vocab * _FLOAT32_BYTES,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """What loading needs on the host beside the weights.
+
+    Attributes:
+        num_tensors: of the checkpoint; Python's part of each stays.
+        staging_bytes: of the threads that read.
+        largest_bytes: what the largest tensor takes beside its place while it is rearranged; 0 where none is.
+    """
+
+    num_tensors: int
+    staging_bytes: int
+    largest_bytes: int
+
+    def workspace_bytes(self, used_bytes: int, heap_bytes: int) -> int:
+        """What must be kept free beside weights and what a pass uses.
+
+        Staging buffers and what is between two steps go before the first pass, so they share memory with the cache,
+        the activations and what the allocator keeps of them.
+
+        Args:
+            used_bytes: cache, activations and logits of the host.
+            heap_bytes: what the allocator keeps beside them.
+        """
+        between = max(0, self.staging_bytes + self.largest_bytes - used_bytes - heap_bytes)
+        return TENSOR_BYTES * self.num_tensors + heap_bytes + between
 
 
 def _attention(facts: Facts, pressure: Pressure) -> int:
@@ -131,7 +188,10 @@ def _experts(facts: Facts, pressure: Pressure) -> int:
     if not facts.num_chosen:
         return 0
     chosen = pressure.tokens * facts.num_chosen
-    return chosen * (3 * facts.width + 4 * facts.expert_inner) * pressure.width_bytes
+    numel = (3 * facts.width + 4 * facts.expert_inner) * pressure.width_bytes
+    # in 16 bits a CPU sums in float32
+    sums = max(facts.width, 2 * facts.expert_inner) * _FLOAT32_BYTES if pressure.width_bytes < _FLOAT32_BYTES else 0
+    return chosen * (numel + sums)
 
 
 def _has_mask(facts: Facts, pressure: Pressure) -> bool:
