@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loadstone.api.load import Begun
+from loadstone.api.registry import Origin
 from loadstone.architecture.blueprint import Blueprint, Surroundings
 from loadstone.architecture.keymap import Assignment, KeyMap, Target
 from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
@@ -28,6 +29,7 @@ from loadstone.hardware.probe import probe
 from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
+from loadstone.stream import refill
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
 from loadstone.units import format_bytes
 
@@ -65,11 +67,13 @@ class Assembled:
         model: the module.
         finish_report: makes the report once peak memory and time are known.
         residency: what keeps the model running, where parts of it are streamed.
+        origin: where its parameters come from.
     """
 
     model: nn.Module
     finish_report: FinishReport
     residency: Residency | None
+    origin: Origin
 
 
 def assemble(begun: Begun) -> Assembled:
@@ -118,7 +122,12 @@ def assemble(begun: Begun) -> Assembled:
         told.text = _generation_config(begun, module)
     residency = _attached(begun, module, streamed, checkpoint)
     finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
-    return Assembled(model=module, finish_report=finish_report, residency=residency)
+    wanted = {
+        one.target: refill.Wanted(assignment=one, target=mapped.targets[one.target])
+        for one in mapped.keymap.assignments
+    }
+    origin = Origin(checkpoint=checkpoint, wanted=wanted)
+    return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:

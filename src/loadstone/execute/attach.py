@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
@@ -18,9 +19,9 @@ from loadstone.events import Observer
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Member, Residency
 from loadstone.execute.values import Streaming
-from loadstone.stream.materialize import as_tensor, torch_dtype
-from loadstone.stream.refill import Refill, Wanted, can_refill
-from loadstone.stream.rows import Rows, has_rows
+from loadstone.stream.materialize import torch_dtype
+from loadstone.stream.refill import Wanted, can_refill
+from loadstone.stream.sources import FileSource, Source, host_way
 
 
 @dataclass(slots=True)
@@ -32,18 +33,26 @@ class Streamed:
         wanted: what fills them, by fqn.
         stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
         notes: what was to be streamed and is not, and why.
+        device: where the module computes.
     """
 
     units: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, Wanted] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def add(self, unit: str, wanted: Wanted) -> None:
         """Stream one more parameter."""
-        fqn, target = wanted.fqn, wanted.target
-        self.units[fqn], self.wanted[fqn] = unit, wanted
-        self.stand_ins[fqn] = torch.zeros(1, dtype=torch_dtype(target.dtype)).expand(target.shape)
+        self.wanted[wanted.fqn] = wanted
+        self.stand_in(unit, wanted.fqn, wanted.target)
+
+    def stand_in(self, unit: str, fqn: str, target: Target) -> torch.Tensor:
+        """Stream a parameter that may come from anywhere; gives what stands for it meanwhile."""
+        self.units[fqn] = unit
+        nothing = torch.zeros(1, dtype=torch_dtype(target.dtype), device=self.device)
+        self.stand_ins[fqn] = nothing.expand(target.shape)
+        return self.stand_ins[fqn]
 
 
 def choose_streamed(
@@ -146,7 +155,7 @@ class _Group:
 def attach(
     module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, num_slots: int, observer: Observer
 ) -> Residency:
-    """Make a module that is complete but for its streamed parameters usable.
+    """The same as `attach_to`, for units that come from files to where the host computes.
 
     Args:
         module: the module, with stand-ins and ties in place.
@@ -154,40 +163,44 @@ def attach(
         checkpoint: where it comes from.
         num_slots: how many units are in memory at a time; more where units lie within one another.
         observer: is told of bytes.
+    """
+    return attach_to(module, streamed, FileSource(streamed.wanted, checkpoint, host_way(), observer), num_slots)
+
+
+def attach_to(module: nn.Module, streamed: Streamed, source: Source, num_slots: int) -> Residency:
+    """Make a module that is complete but for its streamed parameters usable.
+
+    Args:
+        module: the module, with stand-ins and ties in place.
+        streamed: what is streamed.
+        source: where it comes from, and how it travels.
+        num_slots: how many units are in memory at a time; more where units lie within one another.
 
     Returns:
         What keeps the module running; it ends when the module does.
     """
     places = _places(module, streamed)
     by_rows = {
-        fqn
-        for fqn, found in places.items()
-        if any(_looks_up(place) for place in found) and has_rows(streamed.wanted[fqn], checkpoint.tensors)
+        fqn for fqn, found in places.items() if any(_looks_up(place) for place in found) and source.has_rows(fqn)
     }
     groups = _groups(module, streamed, places, by_rows)
-    wanted = {name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()}
-    refill = Refill(wanted, checkpoint, observer)
+    filler = source.filler({name: group.fqns for name, group in groups.items()})
     members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
-    units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
-    residency = Residency(units, refill, max(num_slots, _deepest(groups)))
+    units = {name: [members[place.fqn] for place in filler.layout(name).places] for name in groups}
+    residency = Residency(units, filler, max(num_slots, _deepest(groups)))
     group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
     for fqn, member in members.items():
         member.placeholder.holder = member.owners[0]
         if fqn in group_of:
             member.placeholder.group, member.placeholder.lender = group_of[fqn], residency
         if fqn in by_rows:
-            rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
-            table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)
+            rows, table = source.rows(fqn)
             member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
         for owner, name in member.owners:
             owner[name] = member.placeholder
-    _hook(module, groups, residency)
+    residency.hooks += _hook(module, groups, residency)
     weakref.finalize(module, residency.close)
     return residency
-
-
-def _source(streamed: Streamed, fqn: str) -> str:
-    return streamed.wanted[fqn].assignment.parts[0].source
 
 
 def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
@@ -251,11 +264,11 @@ def _member(fqn: str, unit: str, places: Sequence[_Place]) -> Member:
     )
 
 
-def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency) -> None:
+def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency) -> Iterator[RemovableHandle]:
     for name, group in groups.items():
         for entry in group.entries:
             found = module.get_submodule(entry)
-            found.register_forward_pre_hook(partial(residency.enter, name), prepend=True)
-            found.register_forward_hook(partial(residency.leave, name), always_call=True)
-    module.register_forward_pre_hook(residency.begin_pass, prepend=True)
-    module.register_forward_hook(residency.end_pass, always_call=True)
+            yield found.register_forward_pre_hook(partial(residency.enter, name), prepend=True)
+            yield found.register_forward_hook(partial(residency.leave, name), always_call=True)
+    yield module.register_forward_pre_hook(residency.begin_pass, prepend=True)
+    yield module.register_forward_hook(residency.end_pass, always_call=True)

@@ -16,16 +16,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loadstone.errors import StreamedModel
 from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.prefetch import Order
 from loadstone.execute.values import StreamStats
-from loadstone.stream.materialize import as_tensor
-from loadstone.stream.memory import Bytes, anonymous
-from loadstone.stream.read import Batch
-from loadstone.stream.refill import Refill
-from loadstone.stream.rows import Rows
+from loadstone.stream.filler import Filler, Filling, slot_sizes
+from loadstone.stream.rows import Table
 
 
 class State(Enum):
@@ -45,15 +43,15 @@ class _Slot:
         data: the memory.
         state: what is in it.
         unit: which one; "" for none.
-        batch: what is being read.
+        batch: what is on its way into it.
         depth: how many forwards that use it are under way, one within the other.
         parameters: the parameters of each unit as views of this slot, made when they are first needed.
     """
 
-    data: Bytes
+    data: torch.Tensor
     state: State = State.EMPTY
     unit: str = ""
-    batch: Batch | None = None
+    batch: Filling | None = None
     depth: int = 0
     parameters: dict[str, list[nn.Parameter]] = field(default_factory=dict)
 
@@ -77,14 +75,17 @@ class Residency:
     Args:
         units: what each unit holds, in the order in which units are likely used; the order of the members is that of
             the unit's places in `refill`.
-        refill: reads them.
+        refill: fills slots with them.
         num_slots: how many are in memory at a time.
+
+    Attributes:
+        hooks: what calls this when modules compute.
     """
 
-    def __init__(self, units: Mapping[str, Sequence[Member]], refill: Refill, num_slots: int) -> None:
+    def __init__(self, units: Mapping[str, Sequence[Member]], refill: Filler, num_slots: int) -> None:
         self._units = dict(units)
         self._refill = refill
-        self._slots = [_Slot(data=anonymous(nbytes)) for nbytes in refill.slot_sizes(num_slots)]
+        self._slots = [_Slot(data=refill.slot(nbytes)) for nbytes in slot_sizes(refill, units, num_slots)]
         self._where: dict[str, _Slot] = {}
         self._order = Order(tuple(units))
         self._turn = threading.RLock()
@@ -92,6 +93,7 @@ class Residency:
         self._closed = False
         self._passes = self._uses = self._hits = self._unforeseen = self._streamed_bytes = 0
         self._stall_s = 0.0
+        self.hooks: list[RemovableHandle] = []
         self._read_ahead()
 
     def stats(self) -> StreamStats:
@@ -105,8 +107,8 @@ class Residency:
             stall_s=self._stall_s,
             num_units=len(self._units),
             num_slots=len(self._slots),
-            slot_bytes=sum(slot.data.size for slot in self._slots),
-            pass_bytes=sum(recipe.moved_bytes for recipe in self._refill.recipes.values()),
+            slot_bytes=sum(slot.data.numel() for slot in self._slots),
+            pass_bytes=sum(map(self._refill.moved_bytes, self._units)),
         )
 
     def close(self) -> None:
@@ -168,7 +170,7 @@ class Residency:
         self._turn.release()
         return output
 
-    def look_up(self, rows: Rows, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
+    def look_up(self, rows: Table, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
         """Read rows of a table, and take what is wanted of them.
 
         Args:
@@ -184,7 +186,7 @@ class Residency:
         with self._turn:
             self._refuse_gradients(fqn)
             before, begin = rows.read_bytes, time.perf_counter()
-            rows.bring(ids.numpy())
+            rows.bring(ids.numpy(force=True))
             self._stall_s += time.perf_counter() - begin
             self._streamed_bytes += rows.read_bytes - before
             taken = take(table)
@@ -254,6 +256,7 @@ class Residency:
             slot.state, slot.batch = State.READY, None
         else:
             self._hits += 1
+        self._refill.attend(slot.data)
         try:
             self._refill.check(unit)
         except BaseException:
@@ -280,12 +283,12 @@ class Residency:
         for unit in soon:
             fitting = [slot for slot in spare if self._has_room(slot, unit)]
             if unit not in self._where and fitting:
-                slot = min(fitting, key=lambda slot: slot.data.size)
+                slot = min(fitting, key=lambda slot: slot.data.numel())
                 spare.remove(slot)
                 self._begin(unit, slot, priority=0)
 
     def _has_room(self, slot: _Slot, unit: str) -> bool:
-        return slot.data.size >= self._refill.recipes[unit].nbytes
+        return slot.data.numel() >= self._refill.layout(unit).nbytes
 
     def _begin(self, unit: str, slot: _Slot, *, priority: int) -> None:
         self._empty(slot)
@@ -312,15 +315,14 @@ class Residency:
             for owner, name in member.owners:
                 owner[name] = member.placeholder
         slot.state, slot.depth = State.READY, 0
+        self._refill.release(slot.data)
 
-    def _views(self, unit: str, data: Bytes) -> list[nn.Parameter]:
-        views = []
+    def _views(self, unit: str, data: torch.Tensor) -> list[nn.Parameter]:
         with torch.inference_mode(False):
-            for place, member in zip(self._refill.recipes[unit].places, self._units[unit], strict=True):
-                nbytes = member.placeholder.numel() * member.placeholder.element_size()
-                tensor = as_tensor(data[place.begin : place.begin + nbytes], place.target.dtype, place.target.shape)
-                views.append(nn.Parameter(tensor, requires_grad=member.placeholder.requires_grad))
-        return views
+            return [
+                nn.Parameter(tensor, requires_grad=member.placeholder.requires_grad)
+                for tensor, member in zip(self._refill.layout(unit).views(data), self._units[unit], strict=True)
+            ]
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled, and the model with it."""
@@ -330,11 +332,11 @@ class Residency:
         )
 
 
-def _kept(output: Any, slot: Bytes) -> Any:
+def _kept(output: Any, slot: torch.Tensor) -> Any:
     """A unit's output with what lies in its slot copied out of it; None where nothing does."""
     if isinstance(output, torch.Tensor):
-        begin = slot.ctypes.data
-        return output.clone() if begin <= output.untyped_storage().data_ptr() < begin + slot.size else None
+        begin = slot.data_ptr()
+        return output.clone() if begin <= output.untyped_storage().data_ptr() < begin + slot.numel() else None
     if isinstance(output, list | tuple) and type(output) in (list, tuple):
         kept = [_kept(one, slot) for one in output]
         if any(one is not None for one in kept):

@@ -235,7 +235,7 @@ def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: 
 def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
     """Keep parts of one of the units that do not fit whole."""
     group = choice.groups[index]
-    streamed = _spread(len(group.units), choice.kept[index])
+    streamed = spread(len(group.units), choice.kept[index])
     unit = group.units[streamed[len(streamed) // 2]]
     parts = sorted(segment.parts(unit), key=lambda part: (part.memory_bytes, part.name))
     stay: list[Unit] = []
@@ -248,7 +248,7 @@ def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
         choice.split = (group, unit, tuple(stay), tuple(parts[len(stay) :]))
 
 
-def _spread(count: int, kept: int) -> list[int]:
+def spread(count: int, kept: int) -> list[int]:
     """The places of those that are streamed, as far from each other as can be: in the middle of equal shares."""
     streamed = count - kept
     return [(2 * index + 1) * count // (2 * streamed) for index in range(streamed)]
@@ -307,7 +307,7 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
     rows = 0
     for group, kept in zip(choice.groups, choice.kept, strict=True):
         split = choice.split if choice.split is not None and choice.split[0] is group else None
-        away = [group.units[index] for index in _spread(len(group.units), kept)]
+        away = [group.units[index] for index in spread(len(group.units), kept)]
         rows += (group.rows_bytes or 0) * len(away)
         if split is not None:
             away.remove(split[1])
@@ -316,7 +316,7 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
                 Assignment(unit=part, home=HOST if near[id(part)] else DISK, compute=segment.device)
                 for part in split[3]
             ]
-        on_disk = set(_spread(len(away), near.get(id(group.units[0]), 0)))
+        on_disk = set(spread(len(away), near.get(id(group.units[0]), 0)))
         homes = {unit.name: DISK if index in on_disk else HOST for index, unit in enumerate(away)}
         if split is not None:
             homes[split[1].name] = ""
