@@ -42,8 +42,8 @@ def offload(
     """Have a module compute on a device that does not hold it: what fits stays there, the rest comes as it is needed.
 
     Any `nn.Module` will do, whoever built and loaded it. Blocks are what its lists and sequences of modules hold. Those
-    that stay are spread evenly between those that do not, which travel ahead of use through a ring of slots. Parameters
-    are read, never written. Autograd needs the whole model and is refused.
+    that stay are spread evenly between the others, which travel ahead of use through a ring of slots. Parameters are
+    read, never written. Autograd needs the whole model at once and is refused.
 
     Args:
         model: the module, in memory.
@@ -114,7 +114,6 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offload
     from loadstone.stream.transfer import torch_device
 
     device = torch_device(choice.device)
-    way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
     arrangement = Arrangement(
         device=device,
         dtype=choice.computing_dtype,
@@ -125,6 +124,7 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offload
     closing: list[Callable[[], None]] = []
 
     def source(parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> Source:
+        way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
         if choice.on_disk:
             return _on_disk(parameters, targets, way, known, closing)
 
@@ -133,7 +133,11 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offload
 
         return MemorySource(tensors=parameters, targets=targets, way=way, moved=moved)
 
-    done = arranged(model, arrangement, source, lambda: [close() for close in closing] and None)
+    def end() -> None:
+        for close in closing:
+            close()
+
+    done = arranged(model, arrangement, source, end)
     for close in closing:
         weakref.finalize(model, close)
     return done

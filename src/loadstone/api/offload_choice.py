@@ -91,8 +91,7 @@ def chosen(
         )
     if states is None:
         place_id = device_id(device, machine) if device is not None else machine.devices[0].id
-        near = place_id if dtype is None else home
-        states = States(ready=(home, dtype), staged=(near, dtype), computing=(place_id, None))
+        states = States(ready=(home, dtype), staged=(place_id, dtype), computing=(place_id, None))
     elif (device, max_memory, home, dtype) != (None, None, HOST, None):
         raise ValueError("states= says everything; leave device=, max_memory=, home= and dtype= out.")
     _check(states, machine)
@@ -128,9 +127,10 @@ def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str 
         staged: set[str] = set()
     else:
         blocks = [unit for unit in sizes.units if unit.kind is UnitKind.BLOCK]
-        num_slots, room = 2, _room(machine, device, max_memory)
-        limit = 0 if near == states.ready[0] else _UNBOUNDED if states.staged_bytes is None else states.staged_bytes
-        staged = _staged(blocks, limit)
+        num_slots, limit = 2, states.staged_bytes
+        if near == device != states.ready[0] and limit is None:
+            limit = _left_for_staged(sizes, num_slots, _room(machine, device, max_memory), device)
+        staged = _staged(blocks, _UNBOUNDED if limit is None else limit) if near != states.ready[0] else set()
         rounds = any(map(rounding, _fqns(sizes.parts)))
         away = {unit.name for unit in blocks if rounds or near != device or unit.name not in staged}
     beside = Keep.NEAR if near == device else Keep.HOST
@@ -211,13 +211,27 @@ def _streamed(sizes: _Sizes, machine: Machine, device: str, room: int) -> tuple[
     )
     placed = place(segment)
     if isinstance(placed, Missing):
-        raise DoesNotFit(
-            f"offload: expected room on {device} for one block at a time and what always stays, found "
-            f"{format_bytes(max(0, room))}, {format_bytes(placed.nbytes)} less than that; raise max_memory=.",
-            shortfall_bytes=placed.nbytes,
-        )
+        raise _too_little(device, room, placed.nbytes)
     away = {one.unit.name for one in placed.assignments if one.home != one.compute}
     return away, max(1, placed.num_slots)
+
+
+def _left_for_staged(sizes: _Sizes, num_slots: int, room: int, device: str) -> int:
+    """What is left of the device for staged blocks, beside slots and all that is in no block."""
+    blocks = [unit.memory_bytes for unit in sizes.units if unit.kind is UnitKind.BLOCK]
+    others = sum(unit.memory_bytes for unit in sizes.units if unit.kind is not UnitKind.BLOCK)
+    left = room - sizes.other_bytes - others - num_slots * max(blocks, default=0)
+    if left < 0:
+        raise _too_little(device, room, -left)
+    return left
+
+
+def _too_little(device: str, room: int, missing: int) -> DoesNotFit:
+    return DoesNotFit(
+        f"offload: expected room on {device} for one block at a time and what always stays, found "
+        f"{format_bytes(max(0, room))}, {format_bytes(missing)} less than that; raise max_memory=.",
+        shortfall_bytes=missing,
+    )
 
 
 def _staged(blocks: Sequence[Unit], limit: int) -> set[str]:

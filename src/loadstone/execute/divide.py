@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -36,14 +37,15 @@ def divided(module: nn.Module) -> tuple[Part, ...]:
     """
     blocks = set(_blocks(module, ""))
     found: dict[str, list[str]] = {}
+    uses = Counter(id(one) for owner in module.modules() for one in owner._parameters.values())
+    tied = {fqn.rpartition(".")[0] for fqn, parameter in module.named_parameters() if uses[id(parameter)] > 1}
     for fqn, parameter in module.named_parameters():
         owner = fqn.rpartition(".")[0]
         unit = next((path for path in _prefixes(owner) if path in blocks), owner)
         if unit and parameter.numel() and _is_called(module, unit) and not _is_held(module, owner):
             found.setdefault(unit, []).append(fqn)
     return tuple(
-        Part(unit=unit, kind=_kind(module.get_submodule(unit), unit in blocks), fqns=tuple(fqns))
-        for unit, fqns in found.items()
+        Part(unit=unit, kind=_kind(module, unit, blocks, tied), fqns=tuple(fqns)) for unit, fqns in found.items()
     )
 
 
@@ -103,7 +105,9 @@ def _is_held(module: nn.Module, owner: str) -> bool:
     return isinstance(module.get_submodule(owner), nn.RNNBase)
 
 
-def _kind(module: nn.Module, is_block: bool) -> UnitKind:
-    if is_block:
+def _kind(module: nn.Module, unit: str, blocks: Collection[str], tied: Collection[str]) -> UnitKind:
+    """What it is; only a table that nothing else multiplies with needs no more than the rows that are looked up."""
+    if unit in blocks:
         return UnitKind.BLOCK
-    return UnitKind.EMBEDDING if isinstance(module, nn.Embedding) else UnitKind.OTHER
+    is_table = isinstance(module.get_submodule(unit), nn.Embedding) and unit not in tied
+    return UnitKind.EMBEDDING if is_table else UnitKind.OTHER

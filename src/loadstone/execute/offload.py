@@ -44,11 +44,9 @@ class Offloaded:
     """A module that was arranged anew, and how it was before.
 
     Attributes:
-        module: the module.
         residency: what keeps it running; None where all of it stays.
     """
 
-    module: nn.Module
     residency: Residency | None = None
     _originals: dict[str, _Original] = field(default_factory=dict)
     _buffers: list[tuple[dict[str, Any], str, torch.device]] = field(default_factory=list)
@@ -104,6 +102,11 @@ class Arrangement:
     num_slots: int = 2
     gives_up: bool = False
 
+    @property
+    def units(self) -> dict[str, str]:
+        """The unit of each parameter that does not stay, by fqn."""
+        return {fqn: part.unit for part in self.away for fqn in part.fqns}
+
     def target(self, parameter: torch.Tensor) -> Target:
         """What a parameter must be where it is computed."""
         dtype = str(parameter.dtype).removeprefix("torch.")
@@ -126,9 +129,8 @@ def arranged(
     Returns:
         What undoes it.
     """
-    done = Offloaded(module=module, _on_close=list(on_close))
+    done = Offloaded(_on_close=list(on_close))
     parameters = dict(module.named_parameters())
-    away = {fqn: part.unit for part in arrangement.away for fqn in part.fqns}
     places = _places(module)
     for fqn, parameter in parameters.items():
         done._originals[fqn] = _Original(
@@ -139,31 +141,26 @@ def arranged(
             requires_grad=parameter.requires_grad,
         )
     try:
-        _move(done, parameters, away, arrangement, make_source)
+        _move(module, done, arrangement, make_source)
     except BaseException:
         done.restore()
         raise
     if arrangement.gives_up:
-        for fqn in away:
+        for fqn in arrangement.units:
             done._originals[fqn].tensor = None
     return done
 
 
-def _move(
-    done: Offloaded,
-    parameters: Mapping[str, nn.Parameter],
-    away: Mapping[str, str],
-    arrangement: Arrangement,
-    make_source: MakeSource,
-) -> None:
+def _move(module: nn.Module, done: Offloaded, arrangement: Arrangement, make_source: MakeSource) -> None:
     """Carry an arrangement out; what was done can be restored at any point."""
+    parameters, away = dict(module.named_parameters()), arrangement.units
     targets = {fqn: arrangement.target(parameter) for fqn, parameter in parameters.items()}
-    source = make_source({fqn: parameters[fqn] for fqn in away}, targets)
+    source = make_source({fqn: parameters[fqn] for fqn in away}, targets) if away else None
     for fqn, parameter in parameters.items():
         if fqn not in away:
             parameter.data = parameter.data.to(arrangement.device, getattr(torch, targets[fqn].dtype))
-    done._buffers += _move_buffers(done.module, arrangement.device)
-    if not away:
+    done._buffers += _move_buffers(module, arrangement.device)
+    if source is None:
         return
     streamed = Streamed(device=arrangement.device)
     for fqn, unit in away.items():
@@ -172,7 +169,7 @@ def _move(
         standing = nn.Parameter(stand_in, requires_grad=original.requires_grad)
         for owner, name in original.places:
             owner[name] = standing
-    done.residency = attach_to(done.module, streamed, source, arrangement.num_slots)
+    done.residency = attach_to(module, streamed, source, arrangement.num_slots)
 
 
 def _places(module: nn.Module) -> dict[int, list[Place]]:

@@ -112,7 +112,9 @@ class FileSource:
         if any(rounded[name] is not files.layout(name) for name in groups):
             inner = Onward(files, rounded, Destination(torch.device("cpu"), NoLink()))
         kept = {name: keep for name in groups if (keep := way.keep(name)) is not Keep.DISK}
-        homes = {name: _brought_home(inner, name, keep, way.destination) for name, keep in kept.items()}
+        read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
+        homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
+        way.destination.link.fork()  # homes on the device are made before anything is sent from there
         onward = Onward(inner, {name: slots[name] for name in groups}, way.destination)
         memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
         return Combined({name: memory if name in homes else onward for name in groups}, way.destination, onward)
@@ -170,8 +172,8 @@ def _arriving(layout: Layout, targets: Sequence[Target]) -> Layout:
     return laid_out({place.fqn: target for place, target in zip(layout.places, targets, strict=True)})
 
 
-def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination) -> Home:
-    """Read a unit once, to where it is kept."""
+def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination, read: torch.Tensor) -> Home:
+    """Read a unit once, to where it is kept: at once, or through memory of the host that is used for all."""
     layout = inner.layout(unit)
     if keep is Keep.HOST:
         memory = torch.from_numpy(destination.link.locked(layout.nbytes))
@@ -179,7 +181,6 @@ def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination
         inner.check(unit)
         views = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
         return Home(tensors=views, whole=memory, places=layout.places)
-    read = inner.slot(layout.nbytes)
     inner.fill(unit, read).wait()
     inner.check(unit)
     tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(read), strict=True)}
@@ -212,6 +213,7 @@ class MemorySource:
             kept = laid_out({fqn: self._kept(fqn) for fqn in fqns})
             layouts[name] = _arriving(kept, [self.targets[fqn] for fqn in fqns])
             self.homes[name] = self._home(name, kept)
+        destination.link.fork()  # homes on the device are made before anything is sent from there
         return Combined(dict.fromkeys(groups, FromMemory(self.homes, layouts, destination)), destination)
 
     def has_rows(self, fqn: str) -> bool:
