@@ -365,3 +365,30 @@ def test_a_real_device_computes_what_it_computes_resident(home: str) -> None:
         assert torch.equal(run(model, IDS.cuda()).cpu(), expected)
     loadstone.of(model).restore()
     assert next(model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_plan_that_streams_to_a_device_is_carried_out(
+    llama_folder: Path, gpu: list[FakeLink], monkeypatch: pytest.MonkeyPatch, home: str, dtype: str
+) -> None:
+    from loadstone.api import assemble, planned
+
+    with torch.inference_mode():
+        expected = loadstone.load(llama_folder, dtype=dtype, device="cpu")(IDS).logits
+    for room_that_probes in (assemble, planned):
+        monkeypatch.setattr(room_that_probes, "probe", offload_choice.probe)
+    places = {"": "cuda:0", "model.layers.1": home, "model.layers.0.mlp": home, "model.embed_tokens": home}
+    model = loadstone.load(llama_folder, dtype=dtype, device_map=places)
+    loaded = loadstone.of(model)
+    assert loaded.plan is not None
+    assert {one.compute for one in loaded.plan.placements} == {"cuda:0"}
+    assert {one.home for one in loaded.plan.placements} == {"cuda:0", home}
+    for _ in range(3):
+        with torch.inference_mode():
+            assert torch.equal(model(IDS).logits, expected)
+    # What is cast is cast over there: bfloat16 travels.
+    moved = [one for one in model.named_parameters() if "Streamed" in type(one[1]).__name__ and "embed" not in one[0]]
+    assert stats(model).pass_bytes == sum(2 * parameter.numel() for _, parameter in moved)
+    loaded.close()
+    assert all(link.num_locked_bytes == 0 for link in gpu)

@@ -31,6 +31,7 @@ from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
 from loadstone.stream import refill
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
+from loadstone.stream.transfer import torch_device
 from loadstone.units import format_bytes
 
 # How many names a stage shows to those who want to see how loading works.
@@ -94,7 +95,7 @@ def assemble(begun: Begun) -> Assembled:
         told.lines = tuple(f"{slot.fqn} {list(slot.shape)} {slot.dtype}" for slot in islice(slots.values(), _SAMPLES))
     device = _device(begun, slots)
     checkpoint = unwrapped(begun.checkpoint, slots, getattr(module, "base_model_prefix", ""))
-    materializer = Materializer(checkpoint, begun.ahead, torch.device(device.value))
+    materializer = Materializer(checkpoint, begun.ahead, torch_device(device.value))
     with recorder.stage("key map") as told:
         mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
         told.text = _keymap_line(mapped.keymap, checkpoint)
@@ -117,7 +118,7 @@ def assemble(begun: Begun) -> Assembled:
         if mapped.keymap.conversions:
             notes += _check_missing(begun, blueprint, mapped, {*made.tensors, *streamed.stand_ins})
         missing = set(slots) - {*made.tensors, *streamed.stand_ins}
-        told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
+        told.text = blueprint.finish(module, missing, torch_device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
     residency = _attached(begun, module, streamed, checkpoint)
@@ -150,7 +151,7 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: C
     if streaming is None or not streamed.wanted:
         return None
     with begun.recorder.stage("streaming") as told:
-        residency = attach(module, streamed, checkpoint, streaming.num_slots, begun.recorder.observer)
+        residency = attach(module, streamed, checkpoint, streaming, begun.recorder.observer)
         stats = residency.stats()
         told.text = (
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
@@ -208,7 +209,7 @@ def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
         wanted = begun.request.device if begun.plan is None else begun.plan.placements[0].compute
-        wanted = wanted if begun.streaming is None else "cpu"
+        wanted = wanted if begun.streaming is None else begun.streaming.device
         device = choose_device(probe(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
@@ -370,7 +371,7 @@ def _attention(begun: Begun, module: nn.Module) -> Choice:
 
 
 def _cuda_memory(device: str) -> CudaMemory | None:
-    if not device.startswith("cuda"):
+    if torch_device(device).type != "cuda":
         return None
     stats = torch.cuda.memory_stats(device)
     return CudaMemory(

@@ -51,9 +51,9 @@ def offload(
         max_memory: the most that weights and slots may take of that device, in bytes or as `"6GB"`; caches and
             activations come on top. By default four fifths of what is free.
         home: where the parameters are that do not stay: `"cpu"`, where they remain the master copy (in page-locked
-            memory, if the device fetches from it), or `"disk"`. On the disk that is the files that `loadstone.load` read
-            them from, if they are still the same, otherwise a file without a name in Loadstone's cache folder, which is
-            gone when the process is.
+            memory, if the device fetches from it), or `"disk"`. There it is the files that `loadstone.load` read them
+            from, if they are still the same, otherwise a file without a name in Loadstone's cache folder, which is gone
+            when the process is.
         dtype: a narrower dtype in which the matrices of blocks are kept at home and travel, such as
             `"float8_e4m3fn"`. They are rounded to it, which changes the numbers, wherever they are.
         states: says all of that by the states of a block, and more; see `loadstone.States`.

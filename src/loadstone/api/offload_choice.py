@@ -39,7 +39,7 @@ class Chosen:
         reason: why that one.
         computing_dtype: of floating-point parameters; None as they are.
         away: what comes and goes.
-        keep: where a unit is kept that does.
+        keep: where a parameter is kept that does, by fqn.
         rounding: the dtype that a parameter is rounded to where it is kept, by fqn.
         on_disk: whether what comes and goes is on the disk.
         num_slots: how many units are at hand at a time.
@@ -134,6 +134,7 @@ def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str 
         rounds = any(map(rounding, _fqns(sizes.parts)))
         away = {unit.name for unit in blocks if rounds or near != device or unit.name not in staged}
     beside = Keep.NEAR if near == device else Keep.HOST
+    kept_near = set(_fqns([part for part in sizes.parts if part.unit in staged]))
     parts = tuple(part for part in sizes.parts if part.unit in away)
     stays = sum(unit.memory_bytes for unit in sizes.units if unit.name not in away) + sizes.other_bytes
     return Chosen(
@@ -141,7 +142,7 @@ def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str 
         reason="asked for" if len(machine.devices) > 1 else "no accelerator here",
         computing_dtype=states.computing[1],
         away=parts,
-        keep=lambda unit: beside if unit in staged else home,
+        keep=lambda fqn: beside if fqn in kept_near else home,
         rounding=rounding,
         on_disk=home is Keep.DISK,
         num_slots=num_slots,

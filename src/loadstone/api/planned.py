@@ -144,7 +144,7 @@ def _made(checkpoint: Checkpoint, machine: Machine, asked: Asked) -> Plan:
     plan = make_plan(checkpoint, machine, asked, process_at_hand(is_here=True), str(checkpoint.root))
     if _is_supported(plan) or asked.device is not None or asked.device_map is not None:
         return plan
-    # Streaming to an accelerator, or several of them: the host can be streamed to.
+    # Several devices: one that everything fits on is not there, but the host can be streamed to.
     return make_plan(
         checkpoint, machine, replace(asked, device=HOST), process_at_hand(is_here=True), str(checkpoint.root)
     )
@@ -152,20 +152,20 @@ def _made(checkpoint: Checkpoint, machine: Machine, asked: Asked) -> Plan:
 
 def _is_supported(plan: Plan) -> bool:
     places = {placement.compute for placement in plan.placements}
-    return len(places) == 1 and (not plan.streams or places == {HOST})
+    return len(places) == 1
 
 
 def check_supported(plan: Plan) -> None:
     """Refuse what cannot be carried out yet.
 
     Raises:
-        PlanNotSupported: several devices, or streaming to an accelerator.
+        PlanNotSupported: several devices.
     """
     if not _is_supported(plan):
         places = sorted({placement.compute for placement in plan.placements})
         raise PlanNotSupported(
-            f"the plan computes on {', '.join(places)}{' and streams' if plan.streams else ''}; expected one device "
-            "that holds everything, or the CPU. Pass device= for one of them, or a smaller dtype."
+            f"the plan computes on {', '.join(places)}{' and streams' if plan.streams else ''}; expected one device. "
+            "Pass device= for one of them, or a smaller dtype."
         )
 
 
@@ -178,14 +178,21 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
     """
     if not plan.streams:
         return None
-    away = {placement.unit for placement in plan.placements if placement.is_streamed}
+    away = {placement.unit: placement.home for placement in plan.placements if placement.is_streamed}
     found = inventory(checkpoint, facts_of(checkpoint.config), plan.dtype)
+    device = plan.placements[0].compute
     tensors: dict[str, str] = {}
     for whole in found.units:
         for unit in (whole, *found.parts(whole)):
             if unit.name in away:
                 tensors |= dict.fromkeys(unit.tensors, unit.name)
-    return Streaming(num_slots=max(1, plan.num_slots), tensors=frozenset(tensors), unit_of=tensors)
+    return Streaming(
+        num_slots=max(1, plan.num_slots),
+        tensors=frozenset(tensors),
+        unit_of=tensors,
+        device=device,
+        in_memory=frozenset(name for name, unit in tensors.items() if away[unit] == HOST != device),
+    )
 
 
 def plan_line(plan: Plan | None) -> str:

@@ -19,9 +19,12 @@ from loadstone.events import Observer
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Member, Residency
 from loadstone.execute.values import Streaming
+from loadstone.plan.values import HOST
+from loadstone.stream.destination import Destination
 from loadstone.stream.materialize import torch_dtype
 from loadstone.stream.refill import Wanted, can_refill
-from loadstone.stream.sources import FileSource, Source, host_way
+from loadstone.stream.sources import FileSource, Keep, Source, Way, host_way
+from loadstone.stream.transfer import torch_device
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ def choose_streamed(
     Returns:
         Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
     """
-    chosen = Streamed()
+    chosen = Streamed(device=torch_device(streaming.device))
     computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
     parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
@@ -153,18 +156,24 @@ class _Group:
 
 
 def attach(
-    module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, num_slots: int, observer: Observer
+    module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, streaming: Streaming, observer: Observer
 ) -> Residency:
-    """The same as `attach_to`, for units that come from files to where the host computes.
+    """The same as `attach_to`, for units that come from files.
 
     Args:
         module: the module, with stand-ins and ties in place.
         streamed: what is streamed.
         checkpoint: where it comes from.
-        num_slots: how many units are in memory at a time; more where units lie within one another.
+        streaming: where to, how many at a time, and which of them by way of host memory.
         observer: is told of bytes.
     """
-    return attach_to(module, streamed, FileSource(streamed.wanted, checkpoint, host_way(), observer), num_slots)
+
+    def keep(fqn: str) -> Keep:
+        sources = {part.source for part in streamed.wanted[fqn].assignment.parts}
+        return Keep.HOST if sources <= streaming.in_memory else Keep.DISK
+
+    way = host_way() if streaming.device == HOST else Way(destination=Destination(streamed.device), keep=keep)
+    return attach_to(module, streamed, FileSource(streamed.wanted, checkpoint, way, observer), streaming.num_slots)
 
 
 def attach_to(module: nn.Module, streamed: Streamed, source: Source, num_slots: int) -> Residency:

@@ -65,12 +65,16 @@ class Streaming:
         tensors: the names of their tensors in the checkpoint, as far as they are known before the class is: these are
             not brought in ahead.
         unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
+        device: where the model computes.
+        in_memory: which of the tensors are read once, into host memory, and come from there.
     """
 
     units: tuple[str, ...] = ()
     num_slots: int = 2
     tensors: frozenset[str] = frozenset()
     unit_of: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    in_memory: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

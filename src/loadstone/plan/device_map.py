@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from loadstone.errors import DeviceUnavailable
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import Assignment, Missing
+from loadstone.plan.place import Assignment, Missing, buffer_bytes
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
 
 # Words with which transformers leaves the choice to the planner.
@@ -112,7 +112,7 @@ def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
     return Missing(nbytes=missing)
 
 
-def _rings(problem: Problem, streamed: Iterable[Assignment], num_slots: int) -> dict[str, int]:
+def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> dict[str, int]:
     slots: dict[str, int] = {}
     rows: dict[str, int] = {}
     for one in streamed:
@@ -120,7 +120,10 @@ def _rings(problem: Problem, streamed: Iterable[Assignment], num_slots: int) -> 
             rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
         else:
             slots[one.compute] = max(slots.get(one.compute, 0), one.unit.memory_bytes)
-    return {device: num_slots * slots.get(device, 0) + rows.get(device, 0) for device in {**slots, **rows}}
+    rings = {device: num_slots * slots.get(device, 0) + rows.get(device, 0) for device in {**slots, **rows}}
+    if buffers := buffer_bytes(streamed):
+        rings[HOST] = rings.get(HOST, 0) + buffers
+    return rings
 
 
 def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]) -> int:

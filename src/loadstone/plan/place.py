@@ -10,10 +10,11 @@ holds all that less memory held, and the plan is never slower for having more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
 # How many sizes of a slot are tried: each makes all larger units resident.
@@ -131,6 +132,15 @@ class _Choice:
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
     return (unit.kind, unit.memory_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
+
+
+def buffer_bytes(assignments: Iterable[Assignment]) -> int:
+    """What units need of the host on their way from the disk to accelerators."""
+    largest: dict[str, int] = {}
+    for one in assignments:
+        if one.home == DISK and one.compute != HOST and one.unit.kind is not UnitKind.EMBEDDING:
+            largest[one.compute] = max(largest.get(one.compute, 0), one.unit.memory_bytes)
+    return NUM_BUFFERS * sum(largest.values())
 
 
 def place(segment: Segment) -> Placed | Missing:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.stream.destination import Destination
 from loadstone.stream.filler import Filler, Layout
 from loadstone.stream.from_memory import Home, move
 from loadstone.stream.transfer import Moved
 from loadstone.stream.workers import Job, Workers
-
-NUM_BUFFERS = 2
 
 
 @dataclass(slots=True)

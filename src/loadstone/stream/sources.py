@@ -56,7 +56,7 @@ class Way:
 
     Attributes:
         destination: where the slots are.
-        keep: where a unit is kept, by the unit's name.
+        keep: where a parameter is kept, by fqn; those of a unit are kept together.
         rounding: the dtype that a parameter is rounded to on its way, by fqn; None for none.
     """
 
@@ -98,7 +98,7 @@ class FileSource:
             {name: [stored[fqn] for fqn in fqns] for name, fqns in groups.items()}, self._checkpoint, self._observer
         )
         files = FromFiles(self._refill)
-        if nearby and not rounds and all(way.keep(name) is Keep.DISK for name in groups):
+        if nearby and not rounds and all(way.keep(fqn) is Keep.DISK for fqn in self._wanted):
             return files
         return self._chain(files, groups)
 
@@ -111,7 +111,7 @@ class FileSource:
         inner: Filler = files
         if any(rounded[name] is not files.layout(name) for name in groups):
             inner = Onward(files, rounded, Destination(torch.device("cpu"), NoLink()))
-        kept = {name: keep for name in groups if (keep := way.keep(name)) is not Keep.DISK}
+        kept = {name: keep for name in groups if (keep := way.keep(orders[name][0])) is not Keep.DISK}
         read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
         homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
         way.destination.link.fork()  # homes on the device are made before anything is sent from there
@@ -128,8 +128,22 @@ class FileSource:
         if self._refill is None:
             raise RuntimeError("rows are read by what fills the slots, which was not made yet")
         wanted = self._wanted[fqn]
+        if self._way.keep(fqn) is Keep.HOST:
+            return WholeTable(), self._whole(wanted)
         rows = Rows(wanted, self._checkpoint.tensors[wanted.assignment.parts[0].source], self._refill)
         return rows, as_tensor(rows.data, rows.target.dtype, rows.target.shape)
+
+    def _whole(self, wanted: Wanted) -> torch.Tensor:
+        """A table that is read once."""
+        files = FromFiles(Refill({wanted.fqn: [wanted]}, self._checkpoint, self._observer))
+        layout = files.layout(wanted.fqn)
+        memory = files.slot(layout.nbytes)
+        try:
+            files.fill(wanted.fqn, memory).wait()
+            files.check(wanted.fqn)
+        finally:
+            files.close()
+        return layout.views(memory)[0]
 
     def _on_the_way(self, wanted: Wanted, *, stays: bool) -> Wanted:
         """The same in the dtype in which it travels: as stored, where that is narrower and the device can cast it."""
@@ -212,7 +226,7 @@ class MemorySource:
         for name, fqns in groups.items():
             kept = laid_out({fqn: self._kept(fqn) for fqn in fqns})
             layouts[name] = _arriving(kept, [self.targets[fqn] for fqn in fqns])
-            self.homes[name] = self._home(name, kept)
+            self.homes[name] = self._home(kept)
         destination.link.fork()  # homes on the device are made before anything is sent from there
         return Combined(dict.fromkeys(groups, FromMemory(self.homes, layouts, destination)), destination)
 
@@ -229,8 +243,8 @@ class MemorySource:
         stored = str(self.tensors[fqn].dtype).removeprefix("torch.")
         return replace(self.targets[fqn], dtype=self.way.rounding(fqn) or stored)
 
-    def _home(self, name: str, layout: Layout) -> Home:
-        near, destination = self.way.keep(name) is Keep.NEAR, self.way.destination
+    def _home(self, layout: Layout) -> Home:
+        near, destination = self.way.keep(layout.places[0].fqn) is Keep.NEAR, self.way.destination
         tensors = {place.fqn: self.tensors[place.fqn].detach() for place in layout.places}
         as_it_is = all(
             str(tensors[place.fqn].dtype) == f"torch.{place.target.dtype}" and tensors[place.fqn].is_contiguous()
