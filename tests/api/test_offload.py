@@ -392,3 +392,17 @@ def test_a_plan_that_streams_to_a_device_is_carried_out(
     assert stats(model).pass_bytes == sum(2 * parameter.numel() for _, parameter in moved)
     loaded.close()
     assert all(link.num_locked_bytes == 0 for link in gpu)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_examples_of_the_readme_run_as_they_stand() -> None:
+    from test_readme import example
+
+    unet = tower()
+    expected = run(unet)
+    exec(example('home="disk")'), {"loadstone": loadstone, "unet": unet})
+    assert torch.equal(run(unet), expected)
+    unet.shift = unet.shift.bfloat16()
+    exec(example("ready=("), {"loadstone": loadstone, "unet": unet})
+    assert torch.equal(run(unet), run(rounded(tower(), torch.float8_e4m3fn).bfloat16()))
+    loadstone.of(unet).restore()

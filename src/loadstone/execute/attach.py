@@ -16,6 +16,7 @@ from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.events import Observer
+from loadstone.execute.outside_graphs import outside_graphs
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Member, Residency
 from loadstone.execute.values import Streaming
@@ -170,7 +171,9 @@ def attach(
 
     def keep(fqn: str) -> Keep:
         sources = {part.source for part in streamed.wanted[fqn].assignment.parts}
-        return Keep.HOST if sources <= streaming.in_memory else Keep.DISK
+        # Blocks of an encoding would be kept decoded, which takes more than the plan has counted.
+        plain = all(checkpoint.tensors[name].encoding is None for name in sources)
+        return Keep.HOST if plain and sources <= streaming.in_memory else Keep.DISK
 
     way = host_way() if streaming.device == HOST else Way(destination=Destination(streamed.device), keep=keep)
     return attach_to(module, streamed, FileSource(streamed.wanted, checkpoint, way, observer), streaming.num_slots)
@@ -277,7 +280,7 @@ def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency)
     for name, group in groups.items():
         for entry in group.entries:
             found = module.get_submodule(entry)
-            yield found.register_forward_pre_hook(partial(residency.enter, name), prepend=True)
-            yield found.register_forward_hook(partial(residency.leave, name), always_call=True)
-    yield module.register_forward_pre_hook(residency.begin_pass, prepend=True)
-    yield module.register_forward_hook(residency.end_pass, always_call=True)
+            yield found.register_forward_pre_hook(outside_graphs(partial(residency.enter, name)), prepend=True)
+            yield found.register_forward_hook(outside_graphs(partial(residency.leave, name)), always_call=True)
+    yield module.register_forward_pre_hook(outside_graphs(residency.begin_pass), prepend=True)
+    yield module.register_forward_hook(outside_graphs(residency.end_pass), always_call=True)

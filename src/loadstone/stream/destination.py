@@ -41,7 +41,9 @@ class Destination:
         with torch.inference_mode(False):
             if self.device.type == "cpu":
                 return torch.from_numpy(anonymous(nbytes))
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            made = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self.release(made)  # the allocator may have had the memory from something that is computed with until now
+        return made
 
     def send(self, slot: torch.Tensor, work: Callable[[], None]) -> Moved:
         """Have `work` fill a slot when nothing computes with it any more.

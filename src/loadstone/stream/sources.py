@@ -115,7 +115,7 @@ class FileSource:
         read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
         homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
         way.destination.link.fork()  # homes on the device are made before anything is sent from there
-        onward = Onward(inner, {name: slots[name] for name in groups}, way.destination)
+        onward = Onward(inner, {name: slots[name] for name in groups if name not in homes}, way.destination)
         memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
         return Combined({name: memory if name in homes else onward for name in groups}, way.destination, onward)
 
@@ -128,7 +128,10 @@ class FileSource:
         if self._refill is None:
             raise RuntimeError("rows are read by what fills the slots, which was not made yet")
         wanted = self._wanted[fqn]
-        if self._way.keep(fqn) is Keep.HOST:
+        if (
+            self._way.keep(fqn) is Keep.HOST
+            and _plainly_stored(wanted, self._checkpoint.tensors) == wanted.target.dtype
+        ):
             return WholeTable(), self._whole(wanted)
         rows = Rows(wanted, self._checkpoint.tensors[wanted.assignment.parts[0].source], self._refill)
         return rows, as_tensor(rows.data, rows.target.dtype, rows.target.shape)
