@@ -228,10 +228,6 @@ class Refill:
         self.reader = Reader(observer=observer, stage="stream")
         self.files = OpenFiles(streaming_manners(self._versions))
 
-    def slot_sizes(self, count: int) -> list[int]:
-        """How large each of `count` slots must be, so that any `count` different units find room at once."""
-        return sorted((recipe.nbytes for recipe in self.recipes.values()), reverse=True)[:count]
-
     def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
         """Begin to read a unit into a slot, which nobody must use meanwhile.
 
