@@ -29,8 +29,8 @@ from loadstone.hardware.probe import probe
 from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
-from loadstone.stream import refill
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
+from loadstone.stream.refill import Wanted as Filled
 from loadstone.stream.transfer import torch_device
 from loadstone.units import format_bytes
 
@@ -123,12 +123,14 @@ def assemble(begun: Begun) -> Assembled:
         told.text = _generation_config(begun, module)
     residency = _attached(begun, module, streamed, checkpoint)
     finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
-    wanted = {
-        one.target: refill.Wanted(assignment=one, target=mapped.targets[one.target])
-        for one in mapped.keymap.assignments
-    }
-    origin = Origin(checkpoint=checkpoint, wanted=wanted)
+    origin = _origin(mapped, checkpoint)
     return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
+
+
+def _origin(mapped: _Mapped, checkpoint: Checkpoint) -> Origin:
+    targets = mapped.targets
+    wanted = {one.target: Filled(assignment=one, target=targets[one.target]) for one in mapped.keymap.assignments}
+    return Origin(checkpoint=checkpoint, wanted=wanted)
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
