@@ -158,7 +158,7 @@ def test_locked_memory_is_of_exact_size(tmp_path: Path) -> None:
     filler = memory.filler({str(index): [f"{index}.weight"] for index in range(COUNT)})
     assert link.num_locked_bytes == COUNT * nbytes
     filler.close()
-    link = FakeLink()
+    link = FakeLink(delay_s=0.01)
     files = source_of("files", stack, tmp_path, Destination(HOST, link))
     filler = files.filler({str(index): [f"{index}.weight"] for index in range(COUNT)})
     slots = [filler.slot(nbytes) for _ in range(COUNT)]

@@ -53,12 +53,13 @@ class Offloaded:
     _on_close: list[Callable[[], None]] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Have everything as it was: in memory, on its device, in its dtype, without hooks."""
+        """Have everything as it was: in memory, on its device, in its dtype, without hooks. What was rounded stays so."""
+        found = {
+            fqn: self._read(fqn) if original.tensor is None else original.tensor
+            for fqn, original in self._originals.items()
+        }
         for fqn, original in self._originals.items():
-            parameter = original.tensor
-            if parameter is None:
-                with torch.no_grad():
-                    parameter = nn.Parameter(self._read(fqn), requires_grad=original.requires_grad)
+            parameter = found[fqn]
             parameter.data = parameter.data.to(original.device, original.dtype)
             for owner, name in original.places:
                 owner[name] = parameter
@@ -72,16 +73,21 @@ class Offloaded:
             close()
         self._on_close.clear()
 
-    def _read(self, fqn: str) -> torch.Tensor:
-        """The elements of a streamed parameter."""
-        owner, name = self._originals[fqn].places[0]
+    @torch.no_grad()
+    def _read(self, fqn: str) -> nn.Parameter:
+        """A streamed parameter with its elements."""
+        original = self._originals[fqn]
+        owner, name = original.places[0]
         placeholder: StreamedParameter = owner[name]
         if placeholder.lender is not None:
-            found: torch.Tensor = placeholder.lender.lend(placeholder.group, lambda: owner[name].detach().clone())
-            return found
-        if placeholder.lookup is None:
+            elements = placeholder.lender.lend(
+                placeholder.group, lambda: owner[name].detach().to(original.device).clone()
+            )
+        elif placeholder.lookup is not None:
+            elements = placeholder.lookup(torch.arange(placeholder.shape[0]), torch.Tensor.clone)
+        else:
             raise KeyError(fqn)
-        return placeholder.lookup(torch.arange(placeholder.shape[0]), torch.Tensor.clone)
+        return nn.Parameter(elements, requires_grad=original.requires_grad)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,7 +117,8 @@ class FileSource:
         way.destination.link.fork()  # homes on the device are made before anything is sent from there
         onward = Onward(inner, {name: slots[name] for name in groups if name not in homes}, way.destination)
         memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
-        return Combined({name: memory if name in homes else onward for name in groups}, way.destination, onward)
+        fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in groups}
+        return Combined(fillers, way.destination, onward)
 
     def has_rows(self, fqn: str) -> bool:
         """Whether rows can be read one by one."""
