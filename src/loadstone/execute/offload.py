@@ -53,7 +53,7 @@ class Offloaded:
     _on_close: list[Callable[[], None]] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Have everything as it was: in memory, on its device, in its dtype, without hooks. What was rounded stays so."""
+        """Have everything as it was: in memory, on its device, in its dtype, without hooks; but rounded, if it was."""
         found = {
             fqn: self._read(fqn) if original.tensor is None else original.tensor
             for fqn, original in self._originals.items()
@@ -81,7 +81,7 @@ class Offloaded:
         placeholder: StreamedParameter = owner[name]
         if placeholder.lender is not None:
             elements = placeholder.lender.lend(
-                placeholder.group, lambda: owner[name].detach().to(original.device).clone()
+                placeholder.group, lambda: owner[name].detach().to(original.device, copy=True)
             )
         elif placeholder.lookup is not None:
             elements = placeholder.lookup(torch.arange(placeholder.shape[0]), torch.Tensor.clone)
