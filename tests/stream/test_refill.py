@@ -283,7 +283,7 @@ def test_any_units_find_room_at_once(files: Files) -> None:
     units = {name: [wanted(name, info.shape, "float32")] for name, info in files.tensors.items()}
     refill = Refill(units, files.write())
     assert slot_sizes(FromFiles(refill), refill.recipes, 2) == [36_000, 12_000]
-    assert refill.slot_sizes(9) == [36_000, 12_000, 400]
+    assert slot_sizes(FromFiles(refill), refill.recipes, 9) == [36_000, 12_000, 400]
     refill.close()
 
 
@@ -311,6 +311,22 @@ def test_only_rows_that_are_looked_up_are_read(files: Files, dtype: str, monkeyp
     found = rows.data.view(expected.dtype).reshape(table.shape)
     assert np.array_equal(found[ids], expected[ids])
     assert not found[6:700].any()
+    refill.close()
+
+
+def test_a_row_does_not_wait_for_what_the_readers_threads_are_in_the_midst_of(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = RANDOM.integers(0, 2**16, (64, 96), dtype=np.uint16)
+    files.add("w", table, "bfloat16")
+    checkpoint = files.write()
+    refill = Refill({}, checkpoint)
+    rows = Rows(wanted("w", table.shape, "bfloat16"), checkpoint.tensors["w"], refill)
+    monkeypatch.setattr(refill.reader, "repeat", lambda *_, **__: pytest.fail("the threads were asked"))
+    rows.bring(np.array([7, 40]))
+    found = rows.data.view(np.uint16).reshape(table.shape)
+    assert np.array_equal(found[[7, 40]], table[[7, 40]])
+    assert rows.read_bytes == 2 * 2 * 96
     refill.close()
 
 

@@ -357,7 +357,8 @@ def _set_in_motion(begun: Begun) -> None:
     streamed = begun.streaming.tensors if begun.streaming is not None else frozenset()
     total_bytes = min(checkpoint.nbytes, sum(file.nbytes for file in checkpoint.files))
     total_bytes -= sum(checkpoint.tensors[name].nbytes for name in streamed if name in checkpoint.tensors)
-    if total_bytes > _PREFAULT_SHARE * host_memory()[1]:
+    # A plan has counted all that it keeps.
+    if begun.plan is None and total_bytes > _PREFAULT_SHARE * host_memory()[1]:
         return  # what comes in now would push out what came before
     on_cpu = request.device == "cpu" or (request.device is None and not may_have_accelerator())
     decode = on_cpu and request.convert is None

@@ -9,7 +9,7 @@ from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import Assignment, Missing, buffer_bytes
+from loadstone.plan.place import Assignment, Missing, buffer_bytes, slot_sizes
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
 
 # Words with which transformers leaves the choice to the planner.
@@ -113,14 +113,11 @@ def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
 
 
 def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> dict[str, int]:
-    slots: dict[str, int] = {}
-    rows: dict[str, int] = {}
-    for one in streamed:
-        if one.unit.kind is UnitKind.EMBEDDING:
-            rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
-        else:
-            slots[one.compute] = max(slots.get(one.compute, 0), one.unit.memory_bytes)
-    rings = {device: num_slots * slots.get(device, 0) + rows.get(device, 0) for device in {**slots, **rows}}
+    rings: dict[str, int] = {}
+    for device in dict.fromkeys(one.compute for one in streamed):
+        units = [one.unit for one in streamed if one.compute == device]
+        rows = sum(rows_bytes(unit, max(problem.tokens)) for unit in units if unit.kind is UnitKind.EMBEDDING)
+        rings[device] = sum(slot_sizes(units, num_slots)) + rows
     if buffers := buffer_bytes(streamed):
         rings[HOST] = rings.get(HOST, 0) + buffers
     return rings

@@ -97,12 +97,14 @@ class _Group:
     Attributes:
         units: in execution order.
         size: of one in the device's memory.
+        slot: what one takes of the ring.
         rows_bytes: of a table: the rows of one pass, which is all that must be held of it; None for other units.
         gain: seconds that a resident byte saves in a decoding pass, then in the pass over the prompt.
     """
 
     units: tuple[Unit, ...]
     size: int
+    slot: int
     rows_bytes: int | None
     gain: tuple[float, float]
 
@@ -118,6 +120,8 @@ class _Choice:
         slot_bytes: of one slot.
         left_bytes: room that is left.
         split: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
+        pass_s: a decoding pass, then the pass over the prompt.
+        moving_s: the part of each that moving would take alone.
     """
 
     groups: Sequence[_Group]
@@ -127,11 +131,12 @@ class _Choice:
     left_bytes: int
     split: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
     pass_s: tuple[float, float] = field(default=(0.0, 0.0))
+    moving_s: tuple[float, float] = field(default=(0.0, 0.0))
 
 
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
-    return (unit.kind, unit.memory_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
+    return (unit.kind, unit.memory_bytes, unit.slot_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
 
 
 def buffer_bytes(assignments: Iterable[Assignment]) -> int:
@@ -139,7 +144,7 @@ def buffer_bytes(assignments: Iterable[Assignment]) -> int:
     largest: dict[str, int] = {}
     for one in assignments:
         if one.home == DISK and one.compute != HOST and one.unit.kind is not UnitKind.EMBEDDING:
-            largest[one.compute] = max(largest.get(one.compute, 0), one.unit.memory_bytes)
+            largest[one.compute] = max(largest.get(one.compute, 0), one.unit.slot_bytes)
     return NUM_BUFFERS * sum(largest.values())
 
 
@@ -170,8 +175,8 @@ def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple
         if isinstance(choice, int):
             missing = choice if missing < 0 else min(missing, choice)
             continue
-        choice.pass_s = _pass_s(segment, choice)
-        if best is None or _run_s(segment, choice) < _run_s(segment, best):
+        choice.pass_s, choice.moving_s = _pass_s(segment, choice)
+        if best is None or _cost(segment, choice) < _cost(segment, best):
             best = choice
     return (missing if missing >= 0 else 0), best
 
@@ -180,7 +185,7 @@ def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
     """Slot sizes and counts to try. No slot at all means that everything which needs one stays."""
     yield 0, 0
     if segment.offload:
-        sizes = sorted({group.size for group in groups if _is_slotted(group)}, reverse=True)
+        sizes = sorted({group.slot for group in groups if _is_slotted(group)}, reverse=True)
         # The largest ones differ most; the smallest is what fits when nothing else does.
         for size in sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]:
             for num_slots in _SLOT_COUNTS:
@@ -212,7 +217,8 @@ def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
     is_table = unit.kind is UnitKind.EMBEDDING and segment.offload
     rows = rows_bytes(unit, max(segment.tokens)) if is_table else None
     # Rounded, so that units which differ by rounding only are taken by size.
-    return _Group(units=units, size=unit.memory_bytes, rows_bytes=rows, gain=(_rounded(decode), _rounded(prompt)))
+    gain = (_rounded(decode), _rounded(prompt))
+    return _Group(units=units, size=unit.memory_bytes, slot=unit.slot_bytes, rows_bytes=rows, gain=gain)
 
 
 def _rounded(value: float) -> float:
@@ -221,7 +227,7 @@ def _rounded(value: float) -> float:
 
 def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
-    required = [_is_slotted(group) and group.size > slot_bytes for group in groups]
+    required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
     left = segment.room_bytes - num_slots * slot_bytes
     left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
     left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
@@ -285,10 +291,11 @@ def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]
         yield unit, count, fitting
 
 
-def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
+def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Both kinds of pass, and what moving alone would take."""
     rate = segment.speeds.compute[segment.device]
     homes = list(_homes(segment, choice))
-    seconds = []
+    seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
         compute = segment.cache_bytes / rate.weight_bytes_per_s if index == 0 else 0.0
         compute += sum(len(group.units) * work(group.units[0], rate, tokens).seconds for group in choice.groups)
@@ -299,11 +306,13 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
         )
         slots = choice.num_slots or max(_SLOT_COUNTS)
         seconds.append(overlapped_s(compute, moving, slots))
-    return (seconds[0], seconds[1])
+        alone.append(moving)
+    return (seconds[0], seconds[1]), (alone[0], alone[1])
 
 
-def _run_s(segment: Segment, choice: _Choice) -> float:
-    return run_s(choice.pass_s, segment.num_passes)
+def _cost(segment: Segment, choice: _Choice) -> tuple[float, float]:
+    """A run's seconds; of equal ones, what moves less is better: rates are never quite what was measured."""
+    return run_s(choice.pass_s, segment.num_passes), run_s(choice.moving_s, segment.num_passes)
 
 
 def run_s(pass_s: tuple[float, float], num_passes: int) -> float:
@@ -335,13 +344,17 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
-    slotted = [
-        one.unit.memory_bytes for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING
-    ]
+    slots = slot_sizes((one.unit for one in found if one.home != one.compute), choice.num_slots)
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
-        num_slots=choice.num_slots if slotted else 0,
-        ring_bytes=choice.num_slots * max(slotted, default=0) + rows,
+        num_slots=choice.num_slots if slots else 0,
+        ring_bytes=sum(slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
     )
+
+
+def slot_sizes(streamed: Iterable[Unit], num_slots: int) -> list[int]:
+    """How large the slots of a ring are: slot i suits the i-th largest unit, so that any of them find room at once."""
+    sizes = (unit.slot_bytes for unit in streamed if unit.kind is not UnitKind.EMBEDDING)
+    return sorted(sizes, reverse=True)[:num_slots]

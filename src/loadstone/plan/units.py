@@ -71,7 +71,7 @@ class Inventory:
 
     def unit(self, name: str, kind: UnitKind, order: int, tensors: Iterable[str], use_share: float = 1.0) -> Unit:
         """Add up tensors."""
-        stored = memory = mappable = largest = numel = 0
+        stored = memory = mappable = largest = numel = rearranged = 0
         names = tuple(tensors)
         # An expert's own tensor becomes a slice of the fused one that the class computes with: it cannot be mapped.
         is_slice = kind is UnitKind.EXPERT and name[-1].isdecimal()
@@ -83,6 +83,8 @@ class Inventory:
             stored += info.nbytes
             memory += nbytes
             largest = max(largest, nbytes)
+            if tensor in self.rearranged or info.strides is not None:
+                rearranged += 4 * count  # decoded to float32 at most, and then moved
             if not is_slice and info.dtype == dtype and self._lies_ready(info):
                 mappable += info.nbytes
         return Unit(
@@ -96,6 +98,7 @@ class Inventory:
             mappable_bytes=mappable,
             largest_bytes=largest,
             use_share=use_share,
+            rearranged_bytes=rearranged,
         )
 
     def _lies_ready(self, info: TensorInfo) -> bool:

@@ -8,6 +8,8 @@ from enum import Enum
 
 DISK = "disk"
 HOST = "cpu"
+# What disks are read by past the page cache.
+_BLOCK_BYTES = 4096
 
 
 class UnitKind(Enum):
@@ -34,6 +36,7 @@ class Unit:
         memory_bytes: what they take in memory, in the dtype they are computed in.
         mappable_bytes: the part of `memory_bytes` that can be used where it lies in the files.
         largest_bytes: the largest of their tensors in memory.
+        rearranged_bytes: what those take beside it whose elements stand in another order in the files.
         use_share: the part of the unit that one token touches: 1 for a block, a row's share for an embedding, the
             chosen share for experts.
     """
@@ -48,6 +51,12 @@ class Unit:
     mappable_bytes: int
     largest_bytes: int
     use_share: float = 1.0
+    rearranged_bytes: int = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """What a slot must have to read it into: each tensor begins as far into a block as it does in its file."""
+        return self.memory_bytes + self.rearranged_bytes + 2 * _BLOCK_BYTES * len(self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,6 +106,22 @@ def prepare(fills: Sequence[Fill]) -> Prepared:
     return Prepared(spans=tuple(_spans(fills)), total_bytes=sum(fill.nbytes for fill in fills))
 
 
+def read_now(prepared: Prepared, files: OpenFiles, staging: Staging) -> None:
+    """Read in the calling thread, beside whatever a `Reader` has begun: for a little that is waited for.
+
+    Args:
+        prepared: what is wanted.
+        files: the files it lies in, which stay open.
+        staging: of the calling thread.
+
+    Raises:
+        TruncatedFile: a file ended early.
+        UnreadableFile: a file could not be read.
+    """
+    for span in prepared.spans:
+        _deliver(span, files.source(span.file), staging)
+
+
 class Batch:
     """Fills that were submitted together.
 
