@@ -26,8 +26,8 @@ from loadstone.stream import transfer
 
 SPREAD = [
     ("causal", "llama"),
-    ("causal", "qwen2"),
     ("causal", "mixtral"),
+    ("causal", "qwen2"),
     ("causal", "gpt2"),
     ("causal", "mamba"),
     ("seq2seq", "t5"),
@@ -125,7 +125,7 @@ def test_the_numbers_are_those_of_the_resident_model(
 class Tower(nn.Module):
     """Nobody's class: blocks in a list, a tied head, a buffer."""
 
-    def __init__(self, depth: int = 6, width: int = 32) -> None:
+    def __init__(self, depth: int = 6, width: int = 128) -> None:
         super().__init__()
         self.table = nn.Embedding(100, width)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) for _ in range(depth))
@@ -162,7 +162,7 @@ def run(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
 def test_any_module_is_divided_into_its_blocks(home: str) -> None:
     model = tower()
     expected = run(model)
-    loadstone.offload(model, device="cuda", max_memory=46_000, home=home)
+    loadstone.offload(model, device="cuda", max_memory=700_000, home=home)
     away = {name for name, one in model.named_parameters() if "Streamed" in type(one).__name__}
     assert any(name.startswith("blocks.") for name in away)
     assert not any(name.startswith("recurrent") or name == "scale" for name in away)
@@ -184,7 +184,7 @@ def test_parameters_remain_the_master_copy_and_are_found_again() -> None:
     model = tower()
     parameters = dict(model.named_parameters())
     expected = run(model)
-    loadstone.offload(model, device="cuda", max_memory=40_000)
+    loadstone.offload(model, device="cuda", max_memory=650_000)
     run(model)
     loadstone.of(model).restore()
     assert {name: id(one) for name, one in model.named_parameters()} == {
@@ -205,7 +205,7 @@ def test_what_fits_stays_as_a_whole() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_gradients_are_refused() -> None:
-    model = loadstone.offload(tower(), device="cuda", max_memory=40_000)
+    model = loadstone.offload(tower(), device="cuda", max_memory=650_000)
     with pytest.raises(StreamedModel, match="expected a forward without gradients"):
         model(IDS)
     loadstone.of(model).restore()
@@ -231,16 +231,18 @@ def test_what_means_nothing_is_refused() -> None:
     loaded.restore()
     with pytest.raises(ValueError, match=r"restore\(\) undoes loadstone\.offload\(\)"):
         loaded.restore()
-    loadstone.offload(model, max_memory=40_000)
+    loadstone.offload(model, max_memory=650_000)
     with pytest.raises(StreamedModel, match="found one that is streamed already"):
-        loadstone.offload(model, max_memory=40_000)
+        loadstone.offload(model, max_memory=650_000)
 
 
 def test_what_was_loaded_and_not_changed_is_read_from_its_own_files(llama_folder: Path, caches: Path) -> None:
+    states = States(ready=("disk", None), staged=("disk", None), computing=("cpu", None))
     model = loadstone.load(llama_folder)
     with torch.inference_mode():
         expected = model(IDS).logits
-    loadstone.offload(model, home="disk", max_memory=room(model, 0.0))
+    loadstone.offload(model, states=states)
+    assert stats(model).pass_bytes > 0
     with torch.inference_mode():
         assert torch.equal(model(IDS).logits, expected)
     assert not (caches / "loadstone" / "offload").exists()
@@ -251,17 +253,18 @@ def test_what_was_loaded_and_not_changed_is_read_from_its_own_files(llama_folder
     model.model.layers[0].mlp.up_proj.weight.data += 1
     with torch.inference_mode():
         expected = model(IDS).logits
-    loadstone.offload(model, home="disk", max_memory=room(model, 0.0))
+    loadstone.offload(model, states=states)
     with torch.inference_mode():
         assert torch.equal(model(IDS).logits, expected)
     assert (caches / "loadstone" / "offload").exists()
 
 
 def test_a_file_of_our_own_has_no_name_and_goes_with_the_model(caches: Path) -> None:
+    gc.collect()  # what others left open
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     model = tower()
     expected = run(model)
-    loadstone.offload(model, home="disk", max_memory=40_000)
+    loadstone.offload(model, home="disk", max_memory=650_000)
     assert torch.equal(run(model), expected)
     assert list((caches / "loadstone" / "offload").iterdir()) == []
     del model
@@ -274,7 +277,7 @@ def test_a_cache_folder_that_cannot_be_written_to_is_named(caches: Path) -> None
     model = tower()
     expected = run(model)
     with pytest.raises(DestinationError, match="expected to write parameters there"):
-        loadstone.offload(model, home="disk", max_memory=40_000)
+        loadstone.offload(model, home="disk", max_memory=650_000)
     assert torch.equal(run(model), expected)
 
 
@@ -291,9 +294,9 @@ def rounded(model: Tower, dtype: torch.dtype) -> Tower:
     [
         States(ready=("disk", None), staged=("disk", FP8), computing=("cuda:0", "bfloat16")),
         States(ready=("cpu", FP8), staged=("cpu", FP8), computing=("cuda:0", "bfloat16")),
-        States(ready=("cpu", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16"), staged_bytes=3000),
-        States(ready=("disk", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16"), staged_bytes=3000),
-        States(ready=("disk", FP8), staged=("cpu", None), computing=("cuda:0", "bfloat16"), staged_bytes=3000),
+        States(ready=("cpu", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16"), staged_bytes=36_000),
+        States(ready=("disk", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16"), staged_bytes=36_000),
+        States(ready=("disk", FP8), staged=("cpu", None), computing=("cuda:0", "bfloat16"), staged_bytes=36_000),
         States(ready=("disk", FP8), staged=("disk", None), computing=("cpu", "bfloat16")),
         States(ready=("cpu", FP8), staged=("cpu", None), computing=("cpu", "bfloat16")),
     ],
@@ -310,8 +313,8 @@ def test_states_round_to_what_was_asked_for_and_nothing_else(states: States, dty
         assert torch.equal(run(model), expected)
     # Two bytes an element are computed with, and one travels, if it does not come from a file of wider ones.
     if states.ready == ("cpu", FP8):
-        biases = 6 * 3 * 32 * dtype.itemsize
-        assert stats(model).pass_bytes == 6 * 32 * 32 + biases
+        biases = 6 * 3 * 128 * dtype.itemsize
+        assert stats(model).pass_bytes == 6 * 128 * 128 + biases
     loadstone.of(model).restore()
 
 
@@ -325,7 +328,7 @@ def test_a_dtype_for_the_home_rounds_blocks_and_halves_what_travels() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_blocks_stay_near_up_to_the_limit() -> None:
-    for limit, kept in ((0, 0), (2 * 4480, 2), (None, 6)):
+    for limit, kept in ((0, 0), (2 * 67_072, 2), (None, 6)):
         model = tower()
         states = States(ready=("disk", None), staged=("cpu", None), computing=("cuda:0", None), staged_bytes=limit)
         expected = run(model)
@@ -344,7 +347,7 @@ def test_blocks_or_the_model_can_be_compiled(whole: bool) -> None:
     model.recurrent = nn.Identity()
     model.recurrent.forward = lambda x: (x, None)
     expected = run(model)
-    loadstone.offload(model, device="cuda", max_memory=40_000)
+    loadstone.offload(model, device="cuda", max_memory=260_000)
     if whole:
         compiled = torch.compile(model, backend="eager")
     else:
@@ -362,7 +365,7 @@ def test_blocks_or_the_model_can_be_compiled(whole: bool) -> None:
 def test_a_real_device_computes_what_it_computes_resident(home: str) -> None:
     model = tower()
     expected = run(tower().cuda(), IDS.cuda()).cpu()
-    loadstone.offload(model, device="cuda", max_memory=40_000, home=home)
+    loadstone.offload(model, device="cuda", max_memory=650_000, home=home)
     for _ in range(5):
         assert torch.equal(run(model, IDS.cuda()).cpu(), expected)
     loadstone.of(model).restore()

@@ -219,9 +219,9 @@ def _streamed(sizes: _Sizes, machine: Machine, device: str, room: int) -> tuple[
 
 def _left_for_staged(sizes: _Sizes, num_slots: int, room: int, device: str) -> int:
     """What is left of the device for staged blocks, beside slots and all that is in no block."""
-    blocks = [unit.memory_bytes for unit in sizes.units if unit.kind is UnitKind.BLOCK]
+    slots = [unit.slot_bytes for unit in sizes.units if unit.kind is UnitKind.BLOCK]
     others = sum(unit.memory_bytes for unit in sizes.units if unit.kind is not UnitKind.BLOCK)
-    left = room - sizes.other_bytes - others - num_slots * max(blocks, default=0)
+    left = room - sizes.other_bytes - others - num_slots * max(slots, default=0)
     if left < 0:
         raise _too_little(device, room, -left)
     return left

@@ -22,7 +22,7 @@ def outside_graphs(hook: Hook) -> Hook:
     def call(*args: Any) -> Any:
         nonlocal left_alone
         if left_alone is None and "torch._dynamo" in sys.modules:
-            left_alone = torch.compiler.disable(hook)
+            left_alone = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
         return (left_alone or hook)(*args)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -227,7 +227,8 @@ class Materializer:
         if self._link is None or not stored or not assignment.is_plain:
             return False
         wanted = torch_dtype(target.dtype)
-        whole = torch.empty(target.shape, dtype=wanted, device=self._device)
+        with torch.inference_mode(False):  # the reader's threads write to it, which are in no such mode
+            whole = torch.empty(target.shape, dtype=wanted, device=self._device)
         flat = whole.view(-1).view(torch.uint8)
         for part, info in zip(assignment.parts, infos, strict=True):
             piece = flat[self._stretch(part, info, target.dtype)]

@@ -128,7 +128,7 @@ class _CudaMoved:
         self._device = device
 
     def is_over(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self._event.synchronize()
