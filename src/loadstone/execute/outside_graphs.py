@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,15 +16,24 @@ def outside_graphs(hook: Hook) -> Hook:
     """The same hook, never traced: what it does (locks, threads, slots) is no part of a computation.
 
     `torch.compiler.disable` says so as well, and imports the compiler, which takes longer than building many a model.
-    So it is asked only once somebody else has imported that.
+    So it is asked only once somebody else has imported that. The hook remains in sight of whoever copies the module.
     """
-    left_alone: Hook | None = None
+    return partial(_untraced, hook)
 
-    def call(*args: Any) -> Any:
-        nonlocal left_alone
-        if left_alone is None and "torch._dynamo" in sys.modules:
-            left_alone = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-        return (left_alone or hook)(*args)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
+def _untraced(hook: Hook, *args: Any) -> Any:
+    run = _left_alone() if "torch._dynamo" in sys.modules else _run
+    return run(hook, *args)
+
+
+_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _run(hook: Hook, *args: Any) -> Any:
+    return hook(*args)
+
+
+@cache
+def _left_alone() -> Hook:
+    disabled: Hook = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+    return disabled

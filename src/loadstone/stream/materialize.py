@@ -229,7 +229,7 @@ class Materializer:
         wanted = torch_dtype(target.dtype)
         with torch.inference_mode(False):  # the reader's threads write to it, which are in no such mode
             whole = torch.empty(target.shape, dtype=wanted, device=self._device)
-        flat = whole.view(-1).view(torch.uint8)
+            flat = whole.view(-1).view(torch.uint8)
         for part, info in zip(assignment.parts, infos, strict=True):
             piece = flat[self._stretch(part, info, target.dtype)]
             fills.append(device_fill(info, (torch_dtype(info.dtype), wanted), piece, self._link))
