@@ -199,3 +199,18 @@ def test_the_simulated_walk_shows_what_spreading_is_worth() -> None:
     assert spread == pytest.approx(16)
     assert contiguous > 1.3 * spread
     assert simulate([streamed] * 4, 1, num_passes=4) == pytest.approx(12)
+
+
+def test_what_generates_has_tokens_and_what_does_not_has_passes() -> None:
+    run = Run(context=1, prompt_tokens=1)
+    assert host_plan(10**9, run=run).prediction.generates
+    encoder = replace(MODEL, config={**(MODEL.config or {}), "model_type": "bert", "architectures": ["BertModel"]})
+    found = host_plan(10**9, encoder).prediction
+    assert not found.generates
+    assert found.decode.tokens == found.prefill.tokens == 16
+
+
+def test_a_streamed_table_is_not_said_to_travel_beside_computing() -> None:
+    wanted = Asked(run=SHORT, device_map={"": HOST, "model.embed_tokens": DISK})
+    plan = make_plan(MODEL, machine(10**9), wanted)
+    assert any("of model.embed_tokens only the rows that are looked up are read" in why for why in plan.reasons)

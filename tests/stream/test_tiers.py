@@ -21,6 +21,7 @@ from loadstone.stream import onward
 from loadstone.stream.destination import Destination
 from loadstone.stream.refill import Wanted
 from loadstone.stream.sources import FileSource, Keep, MemorySource, Source, Way
+from loadstone.stream.transfer import NoLink
 from loadstone.stream.workers import Job, Workers
 
 SIZE, COUNT = 64, 6
@@ -189,8 +190,24 @@ def test_a_file_that_is_replaced_is_named(tmp_path: Path) -> None:
     filler = source.filler({"0": ["0.weight"]})
     filler.check("0")
     save_file({"0.weight": torch.zeros(1)}, tmp_path / "stack.safetensors")
-    with pytest.raises(FileChanged, match=r"stack\.safetensors: expected the file of"):
-        filler.check("0")
+    for check in (lambda: filler.check("0"), filler.check_all):
+        with pytest.raises(FileChanged, match=r"stack\.safetensors: expected the file of"):
+            check()
+    filler.close()
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+@pytest.mark.parametrize("late", [True, False])
+def test_what_fills_a_slot_is_known_and_its_reads_are_counted(tmp_path: Path, kind: str, late: bool) -> None:
+    link = FakeLink()
+    destination = Destination(HOST, link) if late else Destination(HOST, NoLink())
+    filler = source_of(kind, Stack(link), tmp_path, destination).filler({"0": ["0.weight"]})
+    slot, known = filler.slot(filler.layout("0").nbytes), []
+    filling = filler.fill("0", slot, known=known.append)
+    assert known == [filling]
+    filling.wait()
+    filler.check_all()
+    assert sum(reader.done_bytes for reader in filler.readers()) == (filler.moved_bytes("0") if kind == "files" else 0)
     filler.close()
 
 
@@ -209,9 +226,9 @@ def test_jobs_run_by_priority_and_carry_their_errors(workers: Workers) -> None:
     def note(number: int) -> Callable[[Job], None]:
         return lambda _: order.append(number)
 
-    first = workers.submit(0, lambda _: gate.wait() and None)
-    jobs = [workers.submit(0, note(number), priority=priority) for number, priority in enumerate((1, 0, -1))]
-    given_up = workers.submit(0, note(9), priority=-2)
+    first = workers.begin(Job(0, lambda _: gate.wait() and None))
+    jobs = [workers.begin(Job(0, note(number)), priority=priority) for number, priority in enumerate((1, 0, -1))]
+    given_up = workers.begin(Job(0, note(9)), priority=-2)
     given_up.cancel()
     gate.set()
 
@@ -223,7 +240,7 @@ def test_jobs_run_by_priority_and_carry_their_errors(workers: Workers) -> None:
     assert order == [2, 1, 0]
     assert given_up.is_over
     with pytest.raises(ValueError, match="this job"):
-        workers.submit(0, fail).wait()
+        workers.begin(Job(0, fail)).wait()
 
 
 def test_waits_follow_a_slot_that_nothing_was_sent_into_between_two_uses() -> None:

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
-from loadstone.events import Observer
+from loadstone.events import Observer, ignore
+from loadstone.execute.experts import Experts, attach_experts, choose_experts
 from loadstone.execute.outside_graphs import outside_graphs
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Member, Residency
@@ -36,15 +37,24 @@ class Streamed:
         units: the name of the unit of each, by fqn.
         wanted: what fills them, by fqn.
         stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
+        placed: the parameters that were made of them: a tie may give one of these new memory and keep it.
         notes: what was to be streamed and is not, and why.
         device: where the module computes.
+        experts: those whose entries come one by one.
     """
 
     units: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, Wanted] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
+    placed: dict[str, nn.Parameter] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    experts: Experts = field(default_factory=Experts)
+
+    def note_placed(self, module: nn.Module) -> None:
+        """Remember which parameters the stand-ins became; for before the module is finished."""
+        found = module.named_parameters(remove_duplicate=False)
+        self.placed = {fqn: parameter for fqn, parameter in found if fqn in self.stand_ins}
 
     def add(self, unit: str, wanted: Wanted) -> None:
         """Stream one more parameter."""
@@ -74,7 +84,10 @@ def choose_streamed(
     Returns:
         Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
     """
-    chosen = Streamed(device=torch_device(streaming.device))
+    experts = Experts()
+    if streaming.device == HOST:
+        experts = choose_experts(keymap, targets, checkpoint.tensors, streaming)
+    chosen = Streamed(device=torch_device(streaming.device), experts=experts)
     computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
     parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
@@ -83,7 +96,16 @@ def choose_streamed(
     for assignment in keymap.assignments:
         fqn = assignment.target
         unit = _unit_of(fqn, streaming)
-        if unit is None or unit in kept or fqn not in parameters or not prod(targets[fqn].shape):
+        if fqn in chosen.experts.tables:
+            chosen.add(fqn.rpartition(".")[0], chosen.experts.tables[fqn].wanted)
+            continue
+        if (
+            fqn in chosen.experts.kept
+            or unit is None
+            or unit in kept
+            or fqn not in parameters
+            or not prod(targets[fqn].shape)
+        ):
             continue
         if streaming.unit_of and not any(part.source in streaming.unit_of for part in assignment.parts):
             continue
@@ -166,7 +188,7 @@ def attach(
         streamed: what is streamed.
         checkpoint: where it comes from.
         streaming: where to, how many at a time, and which of them by way of host memory.
-        observer: is told of bytes.
+        observer: is told of bytes, and of the progress of each forward.
     """
 
     def keep(fqn: str) -> Keep:
@@ -176,10 +198,13 @@ def attach(
         return Keep.HOST if plain and sources <= streaming.in_memory else Keep.DISK
 
     way = host_way() if streaming.device == HOST else Way(destination=Destination(streamed.device), keep=keep)
-    return attach_to(module, streamed, FileSource(streamed.wanted, checkpoint, way, observer), streaming.num_slots)
+    source = FileSource(streamed.wanted, checkpoint, way, observer)
+    return attach_to(module, streamed, source, streaming.num_slots, observer)
 
 
-def attach_to(module: nn.Module, streamed: Streamed, source: Source, num_slots: int) -> Residency:
+def attach_to(
+    module: nn.Module, streamed: Streamed, source: Source, num_slots: int, observer: Observer = ignore
+) -> Residency:
     """Make a module that is complete but for its streamed parameters usable.
 
     Args:
@@ -187,6 +212,7 @@ def attach_to(module: nn.Module, streamed: Streamed, source: Source, num_slots: 
         streamed: what is streamed.
         source: where it comes from, and how it travels.
         num_slots: how many units are in memory at a time; more where units lie within one another.
+        observer: is told of the progress of each forward.
 
     Returns:
         What keeps the module running; it ends when the module does.
@@ -195,11 +221,12 @@ def attach_to(module: nn.Module, streamed: Streamed, source: Source, num_slots: 
     by_rows = {
         fqn for fqn, found in places.items() if any(_looks_up(place) for place in found) and source.has_rows(fqn)
     }
+    one_by_one = {fqn: places.pop(fqn) for fqn in streamed.experts.tables if fqn in places}
     groups = _groups(module, streamed, places, by_rows)
     filler = source.filler({name: group.fqns for name, group in groups.items()})
     members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
     units = {name: [members[place.fqn] for place in filler.layout(name).places] for name in groups}
-    residency = Residency(units, filler, max(num_slots, _deepest(groups)))
+    residency = Residency(units, filler, max(num_slots, _deepest(groups)), observer)
     group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
     for fqn, member in members.items():
         member.placeholder.holder = member.owners[0]
@@ -210,9 +237,22 @@ def attach_to(module: nn.Module, streamed: Streamed, source: Source, num_slots: 
             member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
         for owner, name in member.owners:
             owner[name] = member.placeholder
+    if source.refill is not None:
+        residency.hooks += attach_experts(_stand_in(one_by_one), streamed.experts, source.refill, residency)
     residency.hooks += _hook(module, groups, residency)
     weakref.finalize(module, residency.close)
     return residency
+
+
+def _stand_in(places: Mapping[str, Sequence[_Place]]) -> dict[str, list[tuple[nn.Module, StreamedParameter]]]:
+    """Put placeholders where experts come one by one; gives them by fqn, with the modules that they stand in."""
+    found: dict[str, list[tuple[nn.Module, StreamedParameter]]] = {}
+    for fqn, several in places.items():
+        member = _member(fqn, fqn.rpartition(".")[0], several)
+        found[fqn] = [(place.owner, member.placeholder) for place in several]
+        for owner, name in member.owners:
+            owner[name] = member.placeholder
+    return found
 
 
 def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
@@ -223,10 +263,13 @@ def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
         paths.setdefault(id(owner), []).append(path)
         owners[id(owner)] = owner
     by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
+    by_identity = {id(parameter): fqn for fqn, parameter in streamed.placed.items()}
     places: dict[str, list[_Place]] = {}
     for ident, owner in owners.items():
         for name, parameter in owner._parameters.items():
-            fqn = None if parameter is None else by_address.get(parameter.data_ptr())
+            fqn = by_identity.get(id(parameter))
+            if fqn is None and parameter is not None:
+                fqn = by_address.get(parameter.data_ptr())
             if fqn is not None:
                 places.setdefault(fqn, []).append(_Place(owner, name, tuple(paths[ident])))
     return places

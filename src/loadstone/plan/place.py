@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.experts import ring_bytes
 from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
@@ -227,8 +228,19 @@ def _rounded(value: float) -> float:
 
 def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
+    choice = _filled_beside(segment, groups, (slot_bytes, num_slots), 0)
+    if isinstance(choice, _Choice):
+        kinds = {group.units[0].kind is UnitKind.EXPERT for group in _streamed_groups(choice) if _is_slotted(group)}
+        if len(kinds) < 2:
+            return choice
+    # Experts have a room apart from the ring.
+    return _filled_beside(segment, groups, (slot_bytes, num_slots), _expert_bytes(groups, slot_bytes, num_slots))
+
+
+def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int], expert_bytes: int) -> _Choice | int:
+    slot_bytes, num_slots = ring
     required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
-    left = segment.room_bytes - num_slots * slot_bytes
+    left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
     left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
     left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
     if left < 0:
@@ -246,6 +258,17 @@ def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: 
             _split_one(segment, choice, index)
             break
     return choice
+
+
+def _expert_bytes(groups: Sequence[_Group], slot_bytes: int, num_slots: int) -> int:
+    """The most that is needed beside the ring where experts and others may be streamed; see `ring_bytes`."""
+    largest: dict[bool, int] = {}
+    for group in groups:
+        if _is_slotted(group) and group.slot <= slot_bytes:
+            is_expert = group.units[0].kind is UnitKind.EXPERT
+            largest[is_expert] = max(group.slot, largest.get(is_expert, 0))
+    apart = num_slots * largest[False] + largest[True] if len(largest) == 2 else 0
+    return max(0, apart - num_slots * slot_bytes)
 
 
 def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
@@ -344,17 +367,11 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
-    slots = slot_sizes((one.unit for one in found if one.home != one.compute), choice.num_slots)
+    away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
-        num_slots=choice.num_slots if slots else 0,
-        ring_bytes=sum(slots) + rows,
+        num_slots=choice.num_slots if away else 0,
+        ring_bytes=ring_bytes(away, choice.num_slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
     )
-
-
-def slot_sizes(streamed: Iterable[Unit], num_slots: int) -> list[int]:
-    """How large the slots of a ring are: slot i suits the i-th largest unit, so that any of them find room at once."""
-    sizes = (unit.slot_bytes for unit in streamed if unit.kind is not UnitKind.EMBEDDING)
-    return sorted(sizes, reverse=True)[:num_slots]

@@ -21,6 +21,9 @@ class UnitKind(Enum):
     HEAD = "head"
     OTHER = "other"
 
+    # Members exist once, so that their identity serves; Enum's own hash is Python and asked for a million times.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
@@ -199,6 +202,8 @@ class Prediction:
         prefill: the pass over the prompt, whose end is the first token.
         decode: the pass of each further token.
         measured: whether the rates behind it were measured on this machine, or are typical ones.
+        generates: whether passes follow each other token by token; if not, both passes are over the whole input, the
+            first one and a later one.
     """
 
     load_s: float
@@ -206,6 +211,7 @@ class Prediction:
     prefill: Pass
     decode: Pass
     measured: bool
+    generates: bool = True
 
     @property
     def tokens_per_s(self) -> float:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from loadstone.stream.destination import Destination
-from loadstone.stream.filler import Filler, Filling, Layout
+from loadstone.stream.filler import Filler, Filling, Known, Layout, unknown
+from loadstone.stream.read import Reader
 
 
 class Combined:
@@ -36,9 +37,9 @@ class Combined:
         """Memory of the destination."""
         return self._destination.slot(nbytes)
 
-    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0) -> Filling:
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to fill a slot."""
-        return self._fillers[unit].fill(unit, slot, priority=priority)
+        return self._fillers[unit].fill(unit, slot, priority=priority, known=known)
 
     def attend(self, slot: torch.Tensor) -> None:
         """What this thread computes from now on waits for what fills the slot."""
@@ -51,6 +52,15 @@ class Combined:
     def check(self, unit: str) -> None:
         """Check that what a unit was filled from is still the same."""
         self._fillers[unit].check(unit)
+
+    def check_all(self) -> None:
+        """Check whatever the fillers check."""
+        for filler in self._each():
+            filler.check_all()
+
+    def readers(self) -> tuple[Reader, ...]:
+        """Those of the fillers."""
+        return tuple(dict.fromkeys(reader for filler in self._each() for reader in filler.readers()))
 
     def close(self) -> None:
         """End the fillers, then the link."""

@@ -5,7 +5,7 @@ A filler knows units by name. Fillers are composed: one that sends on to a devic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -14,6 +14,7 @@ import torch
 
 from loadstone.architecture.keymap import Target
 from loadstone.dtypes import DTYPES, nbytes_of
+from loadstone.stream.read import Reader
 from loadstone.stream.refill import Place
 
 # Where parameters begin in memory that is laid out here: what torch's allocators on devices keep to.
@@ -64,6 +65,13 @@ class Filling(Protocol):
         """Give it up; when this returns, the slot may be filled anew."""
 
 
+Known = Callable[[Filling], None]
+
+
+def unknown(_: Filling) -> None:
+    """Nobody wants to know."""
+
+
 class Filler(Protocol):
     """Fills slots with units; close it."""
 
@@ -76,8 +84,15 @@ class Filler(Protocol):
     def slot(self, nbytes: int) -> torch.Tensor:
         """A new slot, shape (nbytes,), uint8, where the model computes."""
 
-    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0) -> Filling:
-        """Begin to fill a slot, which nobody must use meanwhile; lower numbers come first."""
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
+        """Begin to fill a slot, which nobody must use meanwhile.
+
+        Args:
+            unit: what fills it.
+            slot: the memory.
+            priority: lower numbers come first.
+            known: told of what is to be waited for, or cancelled, before anything of it runs that can be cancelled.
+        """
 
     def attend(self, slot: torch.Tensor) -> None:
         """What this thread computes from now on waits for what fills the slot."""
@@ -92,6 +107,17 @@ class Filler(Protocol):
             UnreadableFile: a file is gone.
             FileChanged: one was replaced, cut short or written to.
         """
+
+    def check_all(self) -> None:
+        """Check the same for all units, and for what else was loaded from the files.
+
+        Raises:
+            UnreadableFile: a file is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads files for it; none where all of it comes from memory."""
 
     def close(self) -> None:
         """End threads, close files, give memory back."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from loadstone.stream.filler import Layout
+from loadstone.stream.filler import Known, Layout, unknown
 from loadstone.stream.memory import anonymous
-from loadstone.stream.read import Batch
+from loadstone.stream.read import Batch, Reader
 from loadstone.stream.refill import Refill
 
 
@@ -35,9 +35,11 @@ class FromFiles:
         """Page-aligned host memory."""
         return torch.from_numpy(anonymous(nbytes))
 
-    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0) -> Batch:
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Batch:
         """Begin to read a unit into a slot."""
-        return self._refill.fill(unit, slot.numpy(), priority=priority)
+        batch = self._refill.batch(unit, slot.numpy())
+        known(batch)
+        return self._refill.reader.begin(batch, priority)
 
     def attend(self, slot: torch.Tensor) -> None:
         """What was waited for is there."""
@@ -48,6 +50,14 @@ class FromFiles:
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read."""
         self._refill.check(unit)
+
+    def check_all(self) -> None:
+        """Check that all files are those whose headers were read."""
+        self._refill.check_all()
+
+    def readers(self) -> tuple[Reader, ...]:
+        """The one there is."""
+        return (self._refill.reader,)
 
     def close(self) -> None:
         """End the threads and close the files."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from loadstone.stream.destination import Destination
-from loadstone.stream.filler import Filling, Layout
+from loadstone.stream.filler import Filling, Known, Layout, unknown
+from loadstone.stream.read import Reader
 from loadstone.stream.refill import Place
 from loadstone.stream.transfer import Moved
-from loadstone.stream.workers import Workers
+from loadstone.stream.workers import Job, Workers
 
 # One copies while the other finds out what is next; more take the memory's bandwidth from what computes.
 _NUM_THREADS = 2
@@ -83,12 +84,16 @@ class FromMemory:
         """Memory of the destination."""
         return self._destination.slot(nbytes)
 
-    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0) -> Filling:
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to copy a unit: by the device itself, or by a thread of the host."""
         home, layout = self._homes[unit], self._layouts[unit]
         if self._destination.is_late:
-            return Sent(home.nbytes, self._destination.send(slot, lambda: move(home, layout, slot, late=True)))
-        return self._workers.submit(home.nbytes, lambda _: move(home, layout, slot, late=False), priority=priority)
+            sent = Sent(home.nbytes, self._destination.send(slot, lambda: move(home, layout, slot, late=True)))
+            known(sent)
+            return sent
+        job = Job(home.nbytes, lambda _: move(home, layout, slot, late=False))
+        known(job)
+        return self._workers.begin(job, priority=priority)
 
     def attend(self, slot: torch.Tensor) -> None:
         """What this thread computes from now on waits for what fills the slot."""
@@ -100,6 +105,13 @@ class FromMemory:
 
     def check(self, unit: str) -> None:
         """Memory is nobody else's."""
+
+    def check_all(self) -> None:
+        """Memory is nobody else's."""
+
+    def readers(self) -> tuple[Reader, ...]:
+        """No file is read."""
+        return ()
 
     def close(self) -> None:
         """End the threads."""

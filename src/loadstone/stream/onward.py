@@ -14,8 +14,9 @@ import torch
 
 from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.stream.destination import Destination
-from loadstone.stream.filler import Filler, Layout
+from loadstone.stream.filler import Filler, Known, Layout, unknown
 from loadstone.stream.from_memory import Home, move
+from loadstone.stream.read import Reader
 from loadstone.stream.transfer import Moved
 from loadstone.stream.workers import Job, Workers
 
@@ -62,11 +63,11 @@ class Onward:
         """Memory of the destination."""
         return self._destination.slot(nbytes)
 
-    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0) -> Job:
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Job:
         """Begin to fill a buffer, and to send it on into a slot."""
-        return self._workers.submit(
-            self.moved_bytes(unit), lambda job: self._pass_on(job, unit, slot, priority), priority=priority
-        )
+        job = Job(self.moved_bytes(unit), lambda job: self._pass_on(job, unit, slot, priority))
+        known(job)
+        return self._workers.begin(job, priority=priority)
 
     def attend(self, slot: torch.Tensor) -> None:
         """What this thread computes from now on waits for what fills the slot."""
@@ -79,6 +80,14 @@ class Onward:
     def check(self, unit: str) -> None:
         """Check what the inner filler checks."""
         self._inner.check(unit)
+
+    def check_all(self) -> None:
+        """Check what the inner filler checks."""
+        self._inner.check_all()
+
+    def readers(self) -> tuple[Reader, ...]:
+        """Those of the inner filler."""
+        return self._inner.readers()
 
     def close(self) -> None:
         """End the threads and the inner filler."""

@@ -13,19 +13,15 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from loadstone.events import BytesMoved, Observer, ignore
+from loadstone.events import NO_TRACE, BytesMoved, Observer, Tracer, ignore
+from loadstone.stream.busy import Busy
 from loadstone.stream.convert import copy
 from loadstone.stream.memory import Bytes, anonymous, populate
-from loadstone.stream.source import ALIGNMENT, OpenFiles, Source, manners_of, staging_bytes
+from loadstone.stream.source import OpenFiles, Source, manners_of, staging_bytes
+from loadstone.stream.spans import CHUNK_BYTES, Fill, Prepared, Span, spans_of
 
-# Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
-CHUNK_BYTES = 1 << 20
-# What is only moved does not pass through the caches.
-_COPY_CHUNK_BYTES = 16 << 20
 _TELL_BYTES = 64 << 20
 # How long a thread without work waits for more before it ends.
 _LINGER_S = 1.0
@@ -48,62 +44,6 @@ class HostStaging:
     def next(self) -> Bytes:
         """The buffer."""
         return self._buffer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fill:
-    """One range of a file and where its elements go.
-
-    Attributes:
-        file: the file.
-        offset: of the first byte.
-        source_bits: the width of a stored element, or of a block.
-        destination_bits: what such an element or block becomes.
-        nbytes: how many bytes are read.
-        destination: where they go: contiguous bytes, `nbytes * destination_bits / source_bits` of them, as an array, or
-            as whatever else can be sliced and `kernel` understands (a tensor on a device).
-        kernel: what is done on the way; called with the bytes read and the destination.
-        fresh: the destination is host memory that was never touched.
-        chunk_bytes: the most that is read at once and handed to `kernel`; staging must have room for it.
-    """
-
-    file: Path
-    offset: int
-    nbytes: int
-    destination: Any
-    kernel: Callable[[Bytes, Any], None] = copy
-    source_bits: int = 8
-    destination_bits: int = 8
-    fresh: bool = True
-    chunk_bytes: int = CHUNK_BYTES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Span:
-    """Neighbouring fills of one file that are read in one call."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    fills: tuple[Fill, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """Fills that are read again and again: cut and joined once, from files that stay open.
-
-    Attributes:
-        spans: what is read in one call each.
-        total_bytes: of all of them.
-    """
-
-    spans: tuple[_Span, ...]
-    total_bytes: int
-
-
-def prepare(fills: Sequence[Fill]) -> Prepared:
-    """Do once what `Reader.submit` would do each time."""
-    return Prepared(spans=tuple(_spans(fills)), total_bytes=sum(fill.nbytes for fill in fills))
 
 
 def read_now(prepared: Prepared, files: OpenFiles, staging: Staging) -> None:
@@ -129,14 +69,16 @@ class Batch:
         total_bytes: to be read.
         done_bytes: read and delivered so far.
         files: where it is read from.
+        label: what a trace calls it.
     """
 
-    def __init__(self, spans: Iterable[_Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
+    def __init__(self, spans: Iterable[Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
+        self.label = ""
         self.total_bytes = total_bytes
         self.done_bytes = 0
         self.files = files
         self._lock = threading.Lock()
-        self._spans: Iterator[_Span] = iter(spans)
+        self._spans: Iterator[Span] = iter(spans)
         self._close_files = close_files
         self._num_running = 0
         self._exhausted = False
@@ -170,7 +112,7 @@ class Batch:
         self._give_up(None)
         self._over.wait()
 
-    def _take(self) -> _Span | None:
+    def _take(self) -> Span | None:
         """The next span, which must be followed by `_run`; None when there is none left."""
         with self._lock:
             span = next(self._spans, None)
@@ -181,11 +123,12 @@ class Batch:
                 self._num_running += 1
             return span
 
-    def _run(self, span: _Span, staging: Staging, tell: Callable[[int], None]) -> None:
+    def _run(self, span: Span, staging: Staging, tell: Callable[[Batch, int, float], None]) -> None:
         """Read a span and deliver it."""
+        begin_s = time.perf_counter()
         try:
             _deliver(span, self.files.source(span.file), staging)
-            tell(span.nbytes)
+            tell(self, span.nbytes, begin_s)
         except BaseException as error:  # carried to the thread that waits, and raised there
             self._give_up(error)
         with self._lock:
@@ -209,6 +152,13 @@ class Batch:
             self._over.set()
 
 
+def batch_of(prepared: Prepared, files: OpenFiles, label: str = "") -> Batch:
+    """What `Reader.begin` begins; it can be cancelled before."""
+    batch = Batch(prepared.spans, prepared.total_bytes, files, close_files=False)
+    batch.label = label
+    return batch
+
+
 class Reader:
     """Runs batches on threads of its own, which end by themselves when there is nothing to do.
 
@@ -217,6 +167,9 @@ class Reader:
         stage: the name of the stage in those events.
         staging: makes the staging of one thread.
         num_threads: at most; by default what suits the files.
+
+    Attributes:
+        tracer: keeps when each thread read what.
     """
 
     def __init__(
@@ -231,19 +184,25 @@ class Reader:
         self._stage = stage
         self._staging = staging
         self._max_threads = num_threads
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
+        self._changed = threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Batch]] = []
         self._serial = itertools.count()
         self._threads: set[threading.Thread] = set()
         self._closed = False
-        self._done_bytes = 0
-        self._told_bytes = 0
-        self._total_bytes = 0
+        self._done_bytes = self._told_bytes = self._total_bytes = 0
+        self._busy = Busy()
+        self.tracer: Tracer = NO_TRACE
 
     @property
     def done_bytes(self) -> int:
         """How many bytes have arrived, of all batches."""
         return self._done_bytes
+
+    @property
+    def busy_s(self) -> float:
+        """How long at least one thread was reading."""
+        return self._busy.seconds
 
     def submit(self, fills: Sequence[Fill], *, priority: int = 0) -> Batch:
         """Begin to read; returns at once.
@@ -254,27 +213,29 @@ class Reader:
         """
         files = OpenFiles(manners_of({fill.file: None for fill in fills}))
         total_bytes = sum(fill.nbytes for fill in fills)
-        return self._begin(Batch(_spans(fills), total_bytes, files, close_files=True), priority)
+        return self.begin(Batch(spans_of(fills), total_bytes, files, close_files=True), priority)
 
-    def repeat(self, prepared: Prepared, files: OpenFiles, *, priority: int = 0) -> Batch:
+    def repeat(self, prepared: Prepared, files: OpenFiles, *, priority: int = 0, label: str = "") -> Batch:
         """Begin to read what was prepared; returns at once.
 
         Args:
             prepared: what is wanted.
             files: the files it lies in, which stay open.
             priority: as for `submit`.
+            label: what a trace calls it.
         """
-        return self._begin(Batch(prepared.spans, prepared.total_bytes, files, close_files=False), priority)
+        return self.begin(batch_of(prepared, files, label), priority)
 
-    def _begin(self, batch: Batch, priority: int) -> Batch:
+    def begin(self, batch: Batch, priority: int = 0) -> Batch:
+        """Begin to read a batch that was made before; returns it at once."""
         wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES) or 1)
-        with self._changed:
+        with self._lock:
             self._total_bytes += batch.total_bytes
             heapq.heappush(self._queue, (priority, next(self._serial), batch))
             while len(self._threads) < wanted:
                 thread = threading.Thread(target=self._work, name="loadstone-read", daemon=True)
+                thread.start()  # first: one that an interrupt kept from starting must not be counted
                 self._threads.add(thread)
-                thread.start()
             self._changed.notify_all()
         if not batch.total_bytes:
             batch.cancel()
@@ -282,7 +243,7 @@ class Reader:
 
     def close(self) -> None:
         """Cancel every batch and end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             batches, threads = [batch for *_, batch in self._queue], tuple(self._threads)
             self._queue.clear()
@@ -296,11 +257,13 @@ class Reader:
         staging = self._staging()
         while (job := self._next()) is not None:
             batch, span = job
+            self._busy.begin()
             batch._run(span, staging, self._tell)
+            self._busy.end()
             del batch, span, job  # what was delivered must not live on in a thread that waits
 
-    def _next(self) -> tuple[Batch, _Span] | None:
-        with self._changed:
+    def _next(self) -> tuple[Batch, Span] | None:
+        with self._lock:
             while True:
                 while self._queue:
                     batch = self._queue[0][2]
@@ -311,8 +274,9 @@ class Reader:
                     self._threads.discard(threading.current_thread())
                     return None
 
-    def _tell(self, nbytes: int) -> None:
-        with self._changed:
+    def _tell(self, batch: Batch, nbytes: int, begin_s: float) -> None:
+        self.tracer.span("read", batch.label, begin_s, nbytes)
+        with self._lock:
             self._done_bytes += nbytes
             if self._done_bytes - self._told_bytes < _TELL_BYTES and self._done_bytes != self._total_bytes:
                 return
@@ -321,57 +285,7 @@ class Reader:
         self._observer(event)
 
 
-def _spans(fills: Iterable[Fill]) -> Iterator[_Span]:
-    """Cut large fills into chunks and join neighbouring small ones, in file order."""
-    pending: list[Fill] = []
-    for piece in _pieces(sorted(fills, key=lambda fill: (str(fill.file), fill.offset))):
-        if pending and not _joins(pending, piece):
-            yield _span(pending)
-            pending = []
-        pending.append(piece)
-    if pending:
-        yield _span(pending)
-
-
-def _joins(pending: Sequence[Fill], piece: Fill) -> bool:
-    last = pending[-1]
-    adjacent = last.file == piece.file and last.offset + last.nbytes == piece.offset
-    return adjacent and piece.offset + piece.nbytes - pending[0].offset <= pending[0].chunk_bytes
-
-
-def _span(fills: Sequence[Fill]) -> _Span:
-    first, last = fills[0], fills[-1]
-    return _Span(
-        file=first.file, offset=first.offset, nbytes=last.offset + last.nbytes - first.offset, fills=tuple(fills)
-    )
-
-
-def _pieces(fills: Iterable[Fill]) -> Iterator[Fill]:
-    for fill in fills:
-        begin = 0
-        while begin < fill.nbytes:
-            end = _cut(fill, begin)
-            if end - begin == fill.nbytes:
-                yield fill
-            else:
-                to, until = (at * fill.destination_bits // fill.source_bits for at in (begin, end))
-                yield replace(
-                    fill, offset=fill.offset + begin, nbytes=end - begin, destination=fill.destination[to:until]
-                )
-            begin = end
-
-
-def _cut(fill: Fill, begin: int) -> int:
-    """Where the piece that starts at `begin` ends: at an element, or at a block of the disk if bytes only move."""
-    if fill.kernel is copy:
-        end = (fill.offset + begin + _COPY_CHUNK_BYTES) // ALIGNMENT * ALIGNMENT - fill.offset
-    else:
-        unit = max(1, fill.source_bits // 8)
-        end = begin + fill.chunk_bytes // unit * unit
-    return min(end, fill.nbytes)
-
-
-def _deliver(span: _Span, source: Source, staging: Staging) -> None:
+def _deliver(span: Span, source: Source, staging: Staging) -> None:
     first = span.fills[0]
     if len(span.fills) == 1 and first.kernel is copy:
         _touch(first)

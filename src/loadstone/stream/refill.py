@@ -20,7 +20,7 @@ from loadstone.events import Observer, ignore
 from loadstone.stream.convert import copy
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Batch, Fill, Prepared, Reader, prepare
+from loadstone.stream.read import Batch, Reader, batch_of
 from loadstone.stream.rearrange import (
     Rearranged,
     decoded_nbytes,
@@ -30,6 +30,7 @@ from loadstone.stream.rearrange import (
     target_nbytes,
 )
 from loadstone.stream.source import ALIGNMENT, OpenFiles, streaming_manners
+from loadstone.stream.spans import Fill, Prepared, prepare
 
 _NOWHERE = np.empty(0, np.uint8)
 # Where parameters begin that are not laid out as the file's blocks are.
@@ -126,7 +127,7 @@ class Recipe:
     def _begin_of(self, wanted: Wanted, info: TensorInfo) -> int:
         """Where the next parameter begins: for bytes that only move, as far into a block as in the file."""
         first = wanted.assignment.parts[0]
-        moves = len(wanted.assignment.parts) == 1 and not is_rearranged(first, info) and info.is_aligned
+        moves = not is_rearranged(first, info) and info.is_aligned and first.start == 0
         if not moves or info.encoding is not None or info.dtype != wanted.target.dtype:
             return _round_up(self.nbytes, _PLACE_ALIGNMENT)
         last = self._reads[-1] if self._reads else None
@@ -226,7 +227,7 @@ class Refill:
         self._prepared: dict[tuple[str, int], tuple[Prepared, list[Rearranged]]] = {}
         self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
         self.reader = Reader(observer=observer, stage="stream")
-        self.files = OpenFiles(streaming_manners(self._versions))
+        self.files = OpenFiles(streaming_manners(self._versions), checkpoint.files)
 
     def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
         """Begin to read a unit into a slot, which nobody must use meanwhile.
@@ -239,13 +240,17 @@ class Refill:
         Returns:
             What can be waited for; `check` afterwards that the files are still the same.
         """
+        return self.reader.begin(self.batch(unit, slot), priority)
+
+    def batch(self, unit: str, slot: Bytes) -> Batch:
+        """The same, for `reader.begin` to begin: what is to be cancelled must be known before it runs."""
         key = (unit, slot.ctypes.data)
         if key not in self._prepared:
             self._prepared[key] = self.recipes[unit].prepare(slot)
         prepared, kernels = self._prepared[key]
         for kernel in kernels:
             kernel.restart()
-        return self.reader.repeat(prepared, self.files, priority=priority)
+        return batch_of(prepared, self.files, unit)
 
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read.
@@ -255,6 +260,15 @@ class Refill:
             FileChanged: one was replaced, cut short or written to.
         """
         check_unchanged(self._files_of[unit])
+
+    def check_all(self) -> None:
+        """Check that all files are those whose headers were read.
+
+        Raises:
+            UnreadableFile: one is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+        check_unchanged(self._versions.values())
 
     def versions(self, wanted: Iterable[Wanted]) -> tuple[CheckpointFile, ...]:
         """The files that parameters lie in, as they were when their headers were read."""

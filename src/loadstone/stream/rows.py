@@ -18,9 +18,10 @@ from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import PAGE_BYTES, anonymous, give_back
-from loadstone.stream.read import Fill, HostStaging, prepare, read_now
+from loadstone.stream.read import HostStaging, read_now
 from loadstone.stream.rearrange import is_rearranged, target_nbytes
 from loadstone.stream.refill import Refill, Wanted
+from loadstone.stream.spans import Fill, prepare
 
 # Rows of earlier passes that stay; the words that a text repeats are most of it.
 _KEPT_BYTES = 4 << 20
@@ -110,10 +111,14 @@ class Rows:
                 # The reader's threads are in the midst of long reads, which would have to end first.
                 read_now(prepared, self._refill.files, self._staging)
             else:
-                self._refill.reader.repeat(prepared, self._refill.files, priority=-1).wait()
+                self._refill.reader.repeat(prepared, self._refill.files, priority=-1, label=self._info.name).wait()
             self.read_bytes += prepared.total_bytes
             self._present[missing] = True
-        check_unchanged(self._versions)
+        try:
+            check_unchanged(self._versions)
+        except BaseException:
+            self._forget()  # the right file may be put back
+            raise
 
     def _fill(self, first: int, end: int) -> Fill:
         info = self._info
@@ -132,5 +137,8 @@ class Rows:
         """Drop the rows once they take more than a few megabytes."""
         pages_of_row = -(-self._row_bytes // PAGE_BYTES) + (self._row_bytes % PAGE_BYTES != 0)
         if int(self._present.sum()) * pages_of_row * PAGE_BYTES > _KEPT_BYTES:
-            give_back(self.data)
-            self._present[:] = False
+            self._forget()
+
+    def _forget(self) -> None:
+        give_back(self.data)
+        self._present[:] = False

@@ -43,6 +43,10 @@ class Source(Protocol):
     def filler(self, groups: Groups) -> Filler:
         """What fills slots with these units, each the names of its parameters; called once."""
 
+    @property
+    def refill(self) -> Refill | None:
+        """What reads the files, once `filler` was called; None where there are none."""
+
     def has_rows(self, fqn: str) -> bool:
         """Whether rows of a table can be had one by one."""
 
@@ -119,6 +123,11 @@ class FileSource:
         memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
         fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in groups}
         return Combined(fillers, way.destination, onward)
+
+    @property
+    def refill(self) -> Refill | None:
+        """What reads the files, once `filler` was called."""
+        return self._refill
 
     def has_rows(self, fqn: str) -> bool:
         """Whether rows can be read one by one."""
@@ -233,6 +242,10 @@ class MemorySource:
             self.homes[name] = self._home(kept)
         destination.link.fork()  # homes on the device are made before anything is sent from there
         return Combined(dict.fromkeys(groups, FromMemory(self.homes, layouts, destination)), destination)
+
+    @property
+    def refill(self) -> None:
+        """No file is read."""
 
     def has_rows(self, fqn: str) -> bool:
         """Every table that is computed with as it is kept has rows."""

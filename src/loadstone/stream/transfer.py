@@ -16,8 +16,8 @@ import torch
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES
 from loadstone.stream.memory import Bytes, anonymous, populate
-from loadstone.stream.read import Fill
 from loadstone.stream.source import staging_bytes
+from loadstone.stream.spans import Fill
 
 # At 4 MB a copy takes longer than the calls that ask for it: PCIe 5 moves it in 0.1 ms.
 CHUNK_BYTES = 4 << 20

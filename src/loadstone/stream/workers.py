@@ -78,27 +78,27 @@ class Workers:
     def __init__(self, count: int, name: str) -> None:
         self._count = count
         self._name = name
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
+        self._changed = threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Job]] = []
         self._serial = itertools.count()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def submit(self, total_bytes: int, work: Work, *, priority: int = 0) -> Job:
-        """Have work done; lower numbers come first, and of equal ones the earlier."""
-        job = Job(total_bytes, work)
-        with self._changed:
+    def begin(self, job: Job, *, priority: int = 0) -> Job:
+        """Have a job done, and give it back; lower numbers come first, and of equal ones the earlier."""
+        with self._lock:
             heapq.heappush(self._queue, (priority, next(self._serial), job))
             if len(self._threads) < self._count:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()  # first: one that an interrupt kept from starting must not be counted
                 self._threads.append(thread)
-                thread.start()
             self._changed.notify()
         return job
 
     def close(self) -> None:
         """Give up what waits, finish what runs, end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             waiting = [job for *_, job in self._queue]
             self._queue.clear()
@@ -114,7 +114,7 @@ class Workers:
             del job  # what it refers to must not live on in a thread that waits
 
     def _next(self) -> Job | None:
-        with self._changed:
+        with self._lock:
             while not self._queue:
                 if self._closed:
                     return None
