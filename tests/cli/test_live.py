@@ -82,7 +82,7 @@ def run(
     with pytest.raises(SystemExit) as caught:
         main()
     captured = capsys.readouterr()
-    return captured.out, captured.err, caught.value.code
+    return captured.out, captured.err, caught.value.code or 0  # None is success too
 
 
 TELL = ("a b", "--max-new-tokens", 5, "--temperature", 0)
