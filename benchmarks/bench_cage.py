@@ -260,8 +260,9 @@ def _told(caged: Caged) -> dict[str, Any]:
 def disk_rate(path: Path, num_bytes: int = 1 << 30) -> float:
     """How fast the file can be read past the page cache, by Loadstone's reader with nothing to do on the way."""
     from loadstone.stream.memory import anonymous
-    from loadstone.stream.read import Fill, Reader, prepare
+    from loadstone.stream.read import Reader
     from loadstone.stream.source import OpenFiles, streaming_manners
+    from loadstone.stream.spans import Fill, prepare
 
     nbytes = min(num_bytes, path.stat().st_size) // 4096 * 4096
     data = anonymous(min(nbytes, 128 << 20))

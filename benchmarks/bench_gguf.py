@@ -165,7 +165,7 @@ def format_child(encoding: str) -> None:
     from loadstone.hardware.memory import num_cores
     from loadstone.stream.dequantize import dequantize
     from loadstone.stream.host import Ahead
-    from loadstone.stream.read import CHUNK_BYTES
+    from loadstone.stream.spans import CHUNK_BYTES
 
     block = next(block for block in GGML_BLOCKS.values() if block.name == encoding)
     kind = gguf.GGMLQuantizationType[encoding]

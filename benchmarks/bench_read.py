@@ -36,7 +36,8 @@ from loadstone.events import ignore
 from loadstone.stream.host import Ahead
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.memory import anonymous
-from loadstone.stream.read import Fill, Reader
+from loadstone.stream.read import Reader
+from loadstone.stream.spans import Fill
 
 THREADS = (1, 2, 4, 8, 16)
 CHUNKS = (1 << 20, 4 << 20, 16 << 20)

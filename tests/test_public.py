@@ -19,12 +19,14 @@ def imported_by(code: str) -> set[str]:
 def test_the_public_names_are_these() -> None:
     assert loadstone.__all__ == [
         "LoadstoneError",
+        "States",
         "convert",
         "inspect",
         "load",
         "load_tokenizer",
         "machine",
         "of",
+        "offload",
         "plan",
         "verify",
     ]

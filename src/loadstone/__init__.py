@@ -17,25 +17,41 @@ if TYPE_CHECKING:
     from loadstone.api.inspect import inspect
     from loadstone.api.load import load
     from loadstone.api.machine import machine
+    from loadstone.api.offload import offload
     from loadstone.api.plan import plan
     from loadstone.api.registry import of
     from loadstone.api.tokenizer import load_tokenizer
     from loadstone.api.verify import verify
     from loadstone.errors import LoadstoneError
+    from loadstone.execute.values import States
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadstoneError", "convert", "inspect", "load", "load_tokenizer", "machine", "of", "plan", "verify"]
+__all__ = [
+    "LoadstoneError",
+    "States",
+    "convert",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "machine",
+    "of",
+    "offload",
+    "plan",
+    "verify",
+]
 
 # Names are looked up when they are used (PEP 562), so that importing loadstone imports nothing heavy.
 _HOMES = {
     "LoadstoneError": "loadstone.errors",
+    "States": "loadstone.execute.values",
     "convert": "loadstone.api.convert",
     "inspect": "loadstone.api.inspect",
     "load": "loadstone.api.load",
     "load_tokenizer": "loadstone.api.tokenizer",
     "machine": "loadstone.api.machine",
     "of": "loadstone.api.registry",
+    "offload": "loadstone.api.offload",
     "verify": "loadstone.api.verify",
     "plan": "loadstone.api.plan",
 }

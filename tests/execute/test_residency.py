@@ -434,7 +434,7 @@ def test_a_resident_model_has_nothing_to_tell(folder: Path) -> None:
 def test_the_slots_are_where_the_parameters_are_and_only_then(folder: Path) -> None:
     model = streamed(folder, LAYERS, num_slots=2)
     residency: Any = loadstone.of(model).residency
-    slots = [(slot.data.ctypes.data, slot.data.size) for slot in residency._slots]
+    slots = [(slot.data.data_ptr(), slot.data.numel()) for slot in residency._slots]
     seen: list[bool] = []
 
     def look(module: nn.Module, *_: Any) -> None:

@@ -128,6 +128,10 @@ def test_a_gpu_is_served_from_the_disk_where_the_host_has_no_room() -> None:
     plan = make_plan(MODEL, machine(100_000_000, gpu), Asked(run=Run(context=1000, prompt_tokens=1000)))
     assert {one.home for one in plan.placements if one.is_streamed} >= {DISK}
     assert all(one.compute == "cuda:0" for one in plan.placements)
+    # On their way two blocks are in host memory, each of their eight tensors as far into a page as in its file.
+    host = plan.devices[-1]
+    assert host.reservation.slot_bytes == 2 * (BLOCK_BYTES + 8 * 2 * 4096)
+    assert host.peak_bytes <= host.budget_bytes
 
 
 def test_a_device_that_shares_the_hosts_memory_is_served_from_the_disk() -> None:

@@ -10,8 +10,9 @@ from loadstone.errors import TruncatedFile, UnreadableFile
 from loadstone.events import BytesMoved
 from loadstone.stream.convert import bfloat16_to_float32
 from loadstone.stream.memory import Arena, map_file
-from loadstone.stream.read import CHUNK_BYTES, Fill, Reader
+from loadstone.stream.read import Reader
 from loadstone.stream.source import Source
+from loadstone.stream.spans import CHUNK_BYTES, Fill
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from loadstone.checkpoint.files import open_regular
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import FileChanged, TruncatedFile
 from loadstone.stream.convert import float32_to_bfloat16
+from loadstone.stream.filler import slot_sizes
+from loadstone.stream.from_files import FromFiles
 from loadstone.stream.memory import anonymous, cached_part, map_file
 from loadstone.stream.read import Reader
 from loadstone.stream.refill import Refill, Wanted, can_refill
@@ -280,8 +282,8 @@ def test_any_units_find_room_at_once(files: Files) -> None:
         files.add(name, words(count), "bfloat16")
     units = {name: [wanted(name, info.shape, "float32")] for name, info in files.tensors.items()}
     refill = Refill(units, files.write())
-    assert refill.slot_sizes(2) == [36_000, 12_000]
-    assert refill.slot_sizes(9) == [36_000, 12_000, 400]
+    assert slot_sizes(FromFiles(refill), refill.recipes, 2) == [36_000, 12_000]
+    assert slot_sizes(FromFiles(refill), refill.recipes, 9) == [36_000, 12_000, 400]
     refill.close()
 
 

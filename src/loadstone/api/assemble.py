@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loadstone.api.load import Begun
+from loadstone.api.registry import Origin
 from loadstone.architecture.blueprint import Blueprint, Surroundings
 from loadstone.architecture.keymap import Assignment, KeyMap, Target
 from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
@@ -29,6 +30,8 @@ from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.report.load_report import CudaMemory, LoadReport
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
+from loadstone.stream.refill import Wanted as Filled
+from loadstone.stream.transfer import torch_device
 from loadstone.units import format_bytes
 
 # How many names a stage shows to those who want to see how loading works.
@@ -65,11 +68,13 @@ class Assembled:
         model: the module.
         finish_report: makes the report once peak memory and time are known.
         residency: what keeps the model running, where parts of it are streamed.
+        origin: where its parameters come from.
     """
 
     model: nn.Module
     finish_report: FinishReport
     residency: Residency | None
+    origin: Origin
 
 
 def assemble(begun: Begun) -> Assembled:
@@ -90,7 +95,7 @@ def assemble(begun: Begun) -> Assembled:
         told.lines = tuple(f"{slot.fqn} {list(slot.shape)} {slot.dtype}" for slot in islice(slots.values(), _SAMPLES))
     device = _device(begun, slots)
     checkpoint = unwrapped(begun.checkpoint, slots, getattr(module, "base_model_prefix", ""))
-    materializer = Materializer(checkpoint, begun.ahead, torch.device(device.value))
+    materializer = Materializer(checkpoint, begun.ahead, torch_device(device.value))
     with recorder.stage("key map") as told:
         mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
         told.text = _keymap_line(mapped.keymap, checkpoint)
@@ -114,12 +119,19 @@ def assemble(begun: Begun) -> Assembled:
         if mapped.keymap.conversions:
             notes += _check_missing(begun, blueprint, mapped, {*made.tensors, *streamed.stand_ins})
         missing = set(slots) - {*made.tensors, *streamed.stand_ins}
-        told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
+        told.text = blueprint.finish(module, missing, torch_device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
     residency = _attached(begun, module, streamed, checkpoint)
     finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
-    return Assembled(model=module, finish_report=finish_report, residency=residency)
+    origin = _origin(mapped, checkpoint)
+    return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
+
+
+def _origin(mapped: _Mapped, checkpoint: Checkpoint) -> Origin:
+    targets = mapped.targets
+    wanted = {one.target: Filled(assignment=one, target=targets[one.target]) for one in mapped.keymap.assignments}
+    return Origin(checkpoint=checkpoint, wanted=wanted)
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
@@ -142,7 +154,7 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: C
     if streaming is None or not streamed.wanted:
         return None
     with begun.recorder.stage("streaming") as told:
-        residency = attach(module, streamed, checkpoint, streaming.num_slots, begun.recorder.observer)
+        residency = attach(module, streamed, checkpoint, streaming, begun.recorder.observer)
         stats = residency.stats()
         told.text = (
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
@@ -202,7 +214,7 @@ def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
         wanted = begun.request.device if begun.plan is None else begun.plan.placements[0].compute
-        wanted = wanted if begun.streaming is None else "cpu"
+        wanted = wanted if begun.streaming is None else begun.streaming.device
         device = choose_device(probe(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
@@ -364,7 +376,7 @@ def _attention(begun: Begun, module: nn.Module) -> Choice:
 
 
 def _cuda_memory(device: str) -> CudaMemory | None:
-    if not device.startswith("cuda"):
+    if torch_device(device).type != "cuda":
         return None
     stats = torch.cuda.memory_stats(device)
     return CudaMemory(

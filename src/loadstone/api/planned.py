@@ -21,7 +21,7 @@ from loadstone.plan.facts import facts_of
 from loadstone.plan.make import check_run, make_plan
 from loadstone.plan.plan_file import changes
 from loadstone.plan.units import inventory
-from loadstone.plan.values import HOST, Asked, Plan, Run
+from loadstone.plan.values import HOST, Asked, Plan, Run, UnitKind
 from loadstone.units import format_bytes
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _made(checkpoint: Checkpoint, machine: Machine, asked: Asked) -> Plan:
     plan = make_plan(checkpoint, machine, asked, process_at_hand(is_here=True), str(checkpoint.root))
     if _is_supported(plan) or asked.device is not None or asked.device_map is not None:
         return plan
-    # Streaming to an accelerator, or several of them: the host can be streamed to.
+    # Several devices: one that everything fits on is not there, but the host can be streamed to.
     return make_plan(
         checkpoint, machine, replace(asked, device=HOST), process_at_hand(is_here=True), str(checkpoint.root)
     )
@@ -160,20 +160,30 @@ def _made(checkpoint: Checkpoint, machine: Machine, asked: Asked) -> Plan:
 
 def _is_supported(plan: Plan) -> bool:
     places = {placement.compute for placement in plan.placements}
-    return len(places) == 1 and (not plan.streams or places == {HOST})
+    return len(places) == 1 and not _sends_experts(plan)
+
+
+def _sends_experts(plan: Plan) -> bool:
+    """Whether experts are streamed to an accelerator: the room that they share is in host memory."""
+    return any(one.is_streamed and one.kind is UnitKind.EXPERT and one.compute != HOST for one in plan.placements)
 
 
 def check_supported(plan: Plan) -> None:
     """Refuse what cannot be carried out yet.
 
     Raises:
-        PlanNotSupported: several devices, or streaming to an accelerator.
+        PlanNotSupported: several devices, or experts that are streamed to an accelerator.
     """
+    if _sends_experts(plan):
+        raise PlanNotSupported(
+            "the plan streams experts to an accelerator; expected experts that stay there, or a model that computes on "
+            'the host. Pass device="cpu", or a smaller dtype.'
+        )
     if not _is_supported(plan):
         places = sorted({placement.compute for placement in plan.placements})
         raise PlanNotSupported(
-            f"the plan computes on {', '.join(places)}{' and streams' if plan.streams else ''}; expected one device "
-            "that holds everything, or the CPU. Pass device= for one of them, or a smaller dtype."
+            f"the plan computes on {', '.join(places)}{' and streams' if plan.streams else ''}; expected one device. "
+            "Pass device= for one of them, or a smaller dtype."
         )
 
 
@@ -186,8 +196,9 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
     """
     if not plan.streams:
         return None
-    away = {placement.unit for placement in plan.placements if placement.is_streamed}
+    away = {placement.unit: placement.home for placement in plan.placements if placement.is_streamed}
     found = inventory(checkpoint, facts_of(checkpoint.config), plan.dtype)
+    device = plan.placements[0].compute
     tensors: dict[str, str] = {}
     for whole in found.units:
         for unit in (whole, *found.parts(whole)):
@@ -200,6 +211,8 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
         expert_tensors=room.tensors,
         expert_bytes=room.nbytes,
         unit_of=tensors,
+        device=device,
+        in_memory=frozenset(name for name, unit in tensors.items() if away[unit] == HOST != device),
     )
 
 

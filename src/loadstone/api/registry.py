@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loadstone.checkpoint.values import Checkpoint
 from loadstone.execute.trace import recorded
 from loadstone.plan.values import Plan, UnitKind
 from loadstone.report.load_report import LoadReport
@@ -22,9 +23,23 @@ if TYPE_CHECKING:
     from loadstone.execute.assist import Assist
     from loadstone.execute.residency import Residency
     from loadstone.execute.values import StreamStats
+    from loadstone.stream.refill import Wanted
 
 _LOCK = threading.Lock()
 _LOADED: weakref.WeakKeyDictionary[nn.Module, Loaded] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where the parameters of a model were loaded from.
+
+    Attributes:
+        checkpoint: the files.
+        wanted: what fills each parameter, by fqn.
+    """
+
+    checkpoint: Checkpoint
+    wanted: Mapping[str, Wanted]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +49,15 @@ class Loaded:
     Attributes:
         report: of its load.
         residency: what keeps it running, where parts of it are streamed.
+        origin: which tensors of which files fill its parameters, where that can be read again.
+        undo: undoes what `loadstone.offload` did; gives what was known before.
         model: the module, for as long as it lives.
     """
 
     report: LoadReport
     residency: Residency | None = None
+    origin: Origin | None = None
+    undo: Callable[[], Loaded | None] | None = None
     model: weakref.ref[nn.Module] | None = None
 
     @property
@@ -118,6 +137,31 @@ class Loaded:
         """End the threads and close the files of a model that is streamed, which cannot be used any more."""
         if self.residency is not None:
             self.residency.close()
+
+    def restore(self) -> None:
+        """Undo `loadstone.offload`: the module is wholly in memory again, where it was, and has no hooks.
+
+        Raises:
+            ValueError: it was not offloaded, or was restored already.
+        """
+        with _LOCK:
+            model = next((model for model, loaded in _LOADED.items() if loaded is self), None)
+        if self.undo is None or model is None:
+            raise ValueError(
+                "restore() undoes loadstone.offload(), which was not called for this model; load it again."
+            )
+        before = self.undo()
+        with _LOCK:
+            if before is None:
+                del _LOADED[model]
+            else:
+                _LOADED[model] = before
+
+
+def find(model: nn.Module) -> Loaded | None:
+    """What is known of a model, if anything."""
+    with _LOCK:
+        return _LOADED.get(model)
 
 
 def remember(model: nn.Module, loaded: Loaded) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
-from loadstone.events import Observer
+from loadstone.events import Observer, ignore
 from loadstone.execute.experts import Experts, attach_experts, choose_experts
+from loadstone.execute.outside_graphs import outside_graphs
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Member, Residency
 from loadstone.execute.values import Streaming
-from loadstone.stream.materialize import as_tensor, torch_dtype
-from loadstone.stream.refill import Refill, Wanted, can_refill
-from loadstone.stream.rows import Rows, has_rows
+from loadstone.plan.values import HOST
+from loadstone.stream.destination import Destination
+from loadstone.stream.materialize import torch_dtype
+from loadstone.stream.refill import Wanted, can_refill
+from loadstone.stream.sources import FileSource, Keep, Source, Way, host_way
+from loadstone.stream.transfer import torch_device
 
 
 @dataclass(slots=True)
@@ -34,6 +39,7 @@ class Streamed:
         stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
         placed: the parameters that were made of them: a tie may give one of these new memory and keep it.
         notes: what was to be streamed and is not, and why.
+        device: where the module computes.
         experts: those whose entries come one by one.
     """
 
@@ -42,6 +48,7 @@ class Streamed:
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
     placed: dict[str, nn.Parameter] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     experts: Experts = field(default_factory=Experts)
 
     def note_placed(self, module: nn.Module) -> None:
@@ -51,9 +58,15 @@ class Streamed:
 
     def add(self, unit: str, wanted: Wanted) -> None:
         """Stream one more parameter."""
-        fqn, target = wanted.fqn, wanted.target
-        self.units[fqn], self.wanted[fqn] = unit, wanted
-        self.stand_ins[fqn] = torch.zeros(1, dtype=torch_dtype(target.dtype)).expand(target.shape)
+        self.wanted[wanted.fqn] = wanted
+        self.stand_in(unit, wanted.fqn, wanted.target)
+
+    def stand_in(self, unit: str, fqn: str, target: Target) -> torch.Tensor:
+        """Stream a parameter that may come from anywhere; gives what stands for it meanwhile."""
+        self.units[fqn] = unit
+        nothing = torch.zeros(1, dtype=torch_dtype(target.dtype), device=self.device)
+        self.stand_ins[fqn] = nothing.expand(target.shape)
+        return self.stand_ins[fqn]
 
 
 def choose_streamed(
@@ -71,7 +84,10 @@ def choose_streamed(
     Returns:
         Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
     """
-    chosen = Streamed(experts=choose_experts(keymap, targets, checkpoint.tensors, streaming))
+    experts = Experts()
+    if streaming.device == HOST:
+        experts = choose_experts(keymap, targets, checkpoint.tensors, streaming)
+    chosen = Streamed(device=torch_device(streaming.device), experts=experts)
     computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
     parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
@@ -163,46 +179,67 @@ class _Group:
 
 
 def attach(
-    module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, num_slots: int, observer: Observer
+    module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, streaming: Streaming, observer: Observer
+) -> Residency:
+    """The same as `attach_to`, for units that come from files.
+
+    Args:
+        module: the module, with stand-ins and ties in place.
+        streamed: what is streamed.
+        checkpoint: where it comes from.
+        streaming: where to, how many at a time, and which of them by way of host memory.
+        observer: is told of bytes, and of the progress of each forward.
+    """
+
+    def keep(fqn: str) -> Keep:
+        sources = {part.source for part in streamed.wanted[fqn].assignment.parts}
+        # Blocks of an encoding would be kept decoded, which takes more than the plan has counted.
+        plain = all(checkpoint.tensors[name].encoding is None for name in sources)
+        return Keep.HOST if plain and sources <= streaming.in_memory else Keep.DISK
+
+    way = host_way() if streaming.device == HOST else Way(destination=Destination(streamed.device), keep=keep)
+    source = FileSource(streamed.wanted, checkpoint, way, observer)
+    return attach_to(module, streamed, source, streaming.num_slots, observer)
+
+
+def attach_to(
+    module: nn.Module, streamed: Streamed, source: Source, num_slots: int, observer: Observer = ignore
 ) -> Residency:
     """Make a module that is complete but for its streamed parameters usable.
 
     Args:
         module: the module, with stand-ins and ties in place.
         streamed: what is streamed.
-        checkpoint: where it comes from.
+        source: where it comes from, and how it travels.
         num_slots: how many units are in memory at a time; more where units lie within one another.
-        observer: is told of bytes.
+        observer: is told of the progress of each forward.
 
     Returns:
         What keeps the module running; it ends when the module does.
     """
     places = _places(module, streamed)
     by_rows = {
-        fqn
-        for fqn, found in places.items()
-        if any(_looks_up(place) for place in found) and has_rows(streamed.wanted[fqn], checkpoint.tensors)
+        fqn for fqn, found in places.items() if any(_looks_up(place) for place in found) and source.has_rows(fqn)
     }
     one_by_one = {fqn: places.pop(fqn) for fqn in streamed.experts.tables if fqn in places}
     groups = _groups(module, streamed, places, by_rows)
-    wanted = {name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()}
-    refill = Refill(wanted, checkpoint, observer)
+    filler = source.filler({name: group.fqns for name, group in groups.items()})
     members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
-    units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
-    residency = Residency(units, refill, max(num_slots, _deepest(groups)), observer)
+    units = {name: [members[place.fqn] for place in filler.layout(name).places] for name in groups}
+    residency = Residency(units, filler, max(num_slots, _deepest(groups)), observer)
     group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
     for fqn, member in members.items():
         member.placeholder.holder = member.owners[0]
         if fqn in group_of:
             member.placeholder.group, member.placeholder.lender = group_of[fqn], residency
         if fqn in by_rows:
-            rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
-            table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)
+            rows, table = source.rows(fqn)
             member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
         for owner, name in member.owners:
             owner[name] = member.placeholder
-    attach_experts(_stand_in(one_by_one), streamed.experts, refill, residency)
-    _hook(module, groups, residency)
+    if source.refill is not None:
+        residency.hooks += attach_experts(_stand_in(one_by_one), streamed.experts, source.refill, residency)
+    residency.hooks += _hook(module, groups, residency)
     weakref.finalize(module, residency.close)
     return residency
 
@@ -216,10 +253,6 @@ def _stand_in(places: Mapping[str, Sequence[_Place]]) -> dict[str, list[tuple[nn
         for owner, name in member.owners:
             owner[name] = member.placeholder
     return found
-
-
-def _source(streamed: Streamed, fqn: str) -> str:
-    return streamed.wanted[fqn].assignment.parts[0].source
 
 
 def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
@@ -286,11 +319,11 @@ def _member(fqn: str, unit: str, places: Sequence[_Place]) -> Member:
     )
 
 
-def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency) -> None:
+def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency) -> Iterator[RemovableHandle]:
     for name, group in groups.items():
         for entry in group.entries:
             found = module.get_submodule(entry)
-            found.register_forward_pre_hook(partial(residency.enter, name), prepend=True)
-            found.register_forward_hook(partial(residency.leave, name), always_call=True)
-    module.register_forward_pre_hook(residency.begin_pass, prepend=True)
-    module.register_forward_hook(residency.end_pass, always_call=True)
+            yield found.register_forward_pre_hook(outside_graphs(partial(residency.enter, name)), prepend=True)
+            yield found.register_forward_hook(outside_graphs(partial(residency.leave, name)), always_call=True)
+    yield module.register_forward_pre_hook(outside_graphs(residency.begin_pass), prepend=True)
+    yield module.register_forward_hook(outside_graphs(residency.end_pass), always_call=True)

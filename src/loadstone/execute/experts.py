@@ -7,17 +7,19 @@ operands, so that the numbers are the same bits, and nothing of the experts that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.execute.expert_room import ExpertRoom
+from loadstone.execute.outside_graphs import outside_graphs
 from loadstone.execute.placeholder import StreamedParameter, with_elements
 from loadstone.execute.residency import Residency
 from loadstone.execute.values import Streaming
@@ -221,7 +223,7 @@ def attach_experts(
     experts: Experts,
     refill: Refill,
     residency: Residency,
-) -> None:
+) -> Iterator[RemovableHandle]:
     """Have fused experts come one by one.
 
     Args:
@@ -229,6 +231,9 @@ def attach_experts(
         experts: their entries.
         refill: what reads.
         residency: whose turn it is.
+
+    Yields:
+        The hooks that do it, which are made as they are asked for.
     """
     layers: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -247,5 +252,6 @@ def attach_experts(
         for table, fqn in zip(layer.tables, fqns, strict=True):
             for _, placeholder in placeholders[fqn]:
                 placeholder.entries = _Table(table, layer)
-        modules[ident].register_forward_pre_hook(layer.before, prepend=True, with_kwargs=True)
-        modules[ident].register_forward_hook(partial(residency.leave, name), always_call=True)
+        before, after = outside_graphs(layer.before), outside_graphs(partial(residency.leave, name))
+        yield modules[ident].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        yield modules[ident].register_forward_hook(after, always_call=True)

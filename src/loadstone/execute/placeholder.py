@@ -26,6 +26,7 @@ _FACTS = frozenset(
     )
 )
 
+_HOST = torch.device("cpu")
 _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 _SET_FACTS = tuple(vars(torch._C.TensorBase)[name].__set__ for name in ("grad", "requires_grad"))
 
@@ -75,8 +76,8 @@ class StreamedParameter(nn.Parameter):
     holder: tuple[dict[str, Any], str]
 
     def __new__(cls, like: torch.Tensor, *, fqn: str, unit: str) -> Self:
-        """One that has the shape and dtype of `like`."""
-        nothing = torch.zeros(1, dtype=like.dtype).expand(like.shape)
+        """One that has the shape, dtype and device of `like`."""
+        nothing = torch.zeros(1, dtype=like.dtype, device=like.device).expand(like.shape)
         made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
         made.fqn, made.unit, made.group = fqn, unit, unit
         made.lookup, made.entries, made.lender, made.holder = None, None, None, ({}, "")
@@ -120,12 +121,14 @@ def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     if func is functional.embedding and kwargs.get("max_norm") is None and len(args) == 2:
         ids, table = args
         if isinstance(table, StreamedParameter) and table.lookup is not None:
-            return table.lookup(ids, lambda rows: functional.embedding(ids, rows, **kwargs))
+            there = ids.to(_HOST)  # the table is on the host, wherever the model computes
+            return table.lookup(there, lambda rows: functional.embedding(there, rows, **kwargs)).to(ids.device)
     if func is torch.Tensor.__getitem__ and args[0].lookup is not None:
         table, index = args
         ids = torch.arange(len(table))[index[0] if isinstance(index, tuple) else index]
         # A copy: the table's rows go when others are wanted.
-        return table.lookup(ids.reshape(-1), lambda rows: rows[index].clone())  # type: ignore[no-any-return]
+        taken = table.lookup(ids.reshape(-1), lambda rows: rows[index].clone())
+        return taken.to(table.device)  # type: ignore[no-any-return]
     return None
 
 
@@ -164,8 +167,10 @@ def _sets_nothing(func: Any, args: Any) -> bool:
 def _moves_nothing(name: str, args: Any, kwargs: Any) -> bool:
     """Whether a conversion is one to what the tensor is already, so that torch gives it back as it is."""
     if name == "cpu":
-        return True
+        return bool(args[0].device.type == "cpu")
     if name != "to" or kwargs.get("copy"):
         return False
     device, dtype, _, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
-    return (device is None or device.type == "cpu") and dtype in (None, args[0].dtype)
+    own = args[0].device
+    same = device is None or (device.type == own.type and (own.index is None or device.index in (None, own.index)))
+    return bool(same) and dtype in (None, args[0].dtype)

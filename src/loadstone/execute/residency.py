@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loadstone.errors import StreamedModel
 from loadstone.events import NO_TRACE, Observer, Tracer, ignore
@@ -23,43 +23,11 @@ from loadstone.execute.expert_room import ExpertCounts
 from loadstone.execute.meter import Meter
 from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.prefetch import Order
+from loadstone.execute.slots import Slot, Slots, State, kept
 from loadstone.execute.turn import Turn
 from loadstone.execute.values import StreamStats
-from loadstone.stream.materialize import as_tensor
-from loadstone.stream.memory import Bytes, anonymous
-from loadstone.stream.read import Batch
-from loadstone.stream.refill import Refill
-from loadstone.stream.rows import Rows
-
-
-class State(Enum):
-    """What is in a slot."""
-
-    EMPTY = "nothing"
-    COMING = "a unit that is being read"
-    READY = "a unit that waits to be used"
-    USED = "a unit that computes"
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """Memory for one unit at a time.
-
-    Attributes:
-        data: the memory.
-        state: what is in it.
-        unit: which one; "" for none.
-        batch: what is being read.
-        depth: how many forwards that use it are under way, one within the other.
-        parameters: the parameters of each unit as views of this slot, made when they are first needed.
-    """
-
-    data: Bytes
-    state: State = State.EMPTY
-    unit: str = ""
-    batch: Batch | None = None
-    depth: int = 0
-    parameters: dict[str, list[nn.Parameter]] = field(default_factory=dict)
+from loadstone.stream.filler import Filler
+from loadstone.stream.rows import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +49,20 @@ class Residency:
     Args:
         units: what each unit holds, in the order in which units are likely used; the order of the members is that of
             the unit's places in `refill`.
-        refill: reads them.
+        refill: fills slots with them.
         num_slots: how many are in memory at a time.
         observer: is told of the progress of each forward.
+
+    Attributes:
+        hooks: what calls this when modules compute.
     """
 
     def __init__(
-        self, units: Mapping[str, Sequence[Member]], refill: Refill, num_slots: int, observer: Observer = ignore
+        self, units: Mapping[str, Sequence[Member]], refill: Filler, num_slots: int, observer: Observer = ignore
     ) -> None:
         self._units = dict(units)
         self._refill = refill
-        self._slots = [_Slot(data=anonymous(nbytes)) for nbytes in refill.slot_sizes(num_slots)]
-        self._where: dict[str, _Slot] = {}
+        self._slots = Slots(refill, self._units, num_slots)
         self._order = Order(tuple(units))
         self._turn = Turn(self._forget, (Residency.look_up.__code__, Residency.close.__code__))
         self._entered: list[str] = []
@@ -100,14 +70,15 @@ class Residency:
         self._closed = False
         self._passes = self._uses = self._hits = self._unforeseen = self._streamed_bytes = 0
         self._stall_s = 0.0
-        self._pass_bytes = sum(recipe.moved_bytes for recipe in refill.recipes.values())
+        self._pass_bytes = sum(map(refill.moved_bytes, self._units))
         self._meter = Meter(len(units), self._pass_bytes, observer)
         self._tracer: Tracer = NO_TRACE
-        self._read_ahead()
+        self.hooks: list[RemovableHandle] = []
+        self._slots.fill_ahead(self._order)
 
     def stats(self) -> StreamStats:
         """What was done so far."""
-        experts = self._experts or ExpertCounts()
+        experts, readers = self._experts or ExpertCounts(), self._refill.readers()
         return StreamStats(
             passes=self._passes,
             uses=self._uses,
@@ -117,11 +88,11 @@ class Residency:
             stall_s=self._stall_s + experts.stall_s,
             num_units=len(self._units),
             num_slots=len(self._slots),
-            slot_bytes=sum(slot.data.size for slot in self._slots),
+            slot_bytes=self._slots.nbytes,
             pass_bytes=self._pass_bytes,
             pass_s=self._meter.seconds,
-            read_bytes=self._refill.reader.done_bytes,
-            read_s=self._refill.reader.busy_s,
+            read_bytes=sum(reader.done_bytes for reader in readers),
+            read_s=sum(reader.busy_s for reader in readers),
             expert_uses=experts.uses,
             expert_hits=experts.hits,
             expert_bytes=experts.read_bytes,
@@ -139,7 +110,9 @@ class Residency:
 
     def trace_to(self, tracer: Tracer) -> None:
         """Have reads, waits and switches kept by `tracer` from now on."""
-        self._tracer = self._refill.reader.tracer = tracer
+        self._tracer = tracer
+        for reader in self._refill.readers():
+            reader.tracer = tracer
 
     def close(self) -> None:
         """End the threads and close the files; the model cannot be used any more."""
@@ -158,7 +131,8 @@ class Residency:
             self._turn.drop()
         self._turn.acquire()
         self._entered.append("")
-        self._check(self._refill.check_all)
+        if not self._closed:
+            self._check(self._refill.check_all)
         self._passes += 1
         self._meter.begin(self._passes, self._streamed_bytes, self._stall_s)
 
@@ -188,7 +162,7 @@ class Residency:
             self._meter.start()
         self._entered.append(unit)
         self._refuse_gradients(unit)
-        slot = self._where.get(unit)
+        slot = self._slots.find(unit)
         if slot is None or slot.state is not State.USED:
             self._uses += 1
             self._order.visit(unit)
@@ -199,7 +173,7 @@ class Residency:
             self._switch(unit, slot)
             self._tracer.span("switch", unit, begin)
         slot.depth += 1
-        self._read_ahead()
+        self._slots.fill_ahead(self._order)
 
     def hold(self, unit: str) -> None:
         """Before the forward of a module that has its parameters from elsewhere: take the turn; `leave` it after.
@@ -219,17 +193,17 @@ class Residency:
         """
         if not self.is_computing() or unit not in self._entered:
             return None
-        slot, output = self._where.get(unit), None
+        slot, output = self._slots.find(unit), None
         if slot is not None and slot.state is State.USED:
-            output = _kept(hooked[-1], slot.data)
+            output = kept(hooked[-1], slot.data)
             slot.depth -= 1
             if not slot.depth:
                 self._let_go(slot)
-                self._read_ahead()
+                self._slots.fill_ahead(self._order)
         self._left(unit)
         return output
 
-    def look_up(self, rows: Rows, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
+    def look_up(self, rows: Table, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
         """Read rows of a table, and take what is wanted of them.
 
         Args:
@@ -245,7 +219,7 @@ class Residency:
         with self._turn:
             self._refuse_gradients(fqn)
             before, begin = rows.read_bytes, time.perf_counter()
-            rows.bring(ids.numpy())
+            rows.bring(ids.numpy(force=True))
             self._stall_s += time.perf_counter() - begin
             self._streamed_bytes += rows.read_bytes - before
             self._tracer.span("wait", fqn, begin, rows.read_bytes - before)
@@ -298,20 +272,20 @@ class Residency:
                 "forward, so nothing can be propagated back. Use torch.inference_mode() or torch.no_grad()."
             )
 
-    def _arrived(self, unit: str) -> _Slot:
+    def _arrived(self, unit: str) -> Slot:
         """The slot of a unit, once all of it is there."""
-        slot = self._where.get(unit)
+        slot = self._slots.find(unit)
         if slot is None:
             self._unforeseen += 1
-            slot = self._spare(unit)
-            self._begin(unit, slot, priority=-1)
+            slot = self._slots.for_unforeseen(unit, self._order)
+            self._slots.fill(unit, slot, priority=-1)
         if slot.state is State.COMING and slot.batch is not None:
             begin = time.perf_counter()
             self._hits += slot.batch.is_over
             try:
                 slot.batch.wait()
             except BaseException:
-                self._empty(slot)
+                self._slots.empty(slot)
                 raise
             self._stall_s += time.perf_counter() - begin
             self._streamed_bytes += slot.batch.total_bytes
@@ -319,6 +293,7 @@ class Residency:
             slot.state, slot.batch = State.READY, None
         else:
             self._hits += 1
+        self._refill.attend(slot.data)
         self._check(partial(self._refill.check, unit))
         return slot
 
@@ -327,54 +302,10 @@ class Residency:
         try:
             files()
         except BaseException:
-            for slot in self._slots:
-                if slot.state is not State.USED:
-                    self._empty(slot)
+            self._slots.empty_unused()
             raise
 
-    def _spare(self, unit: str) -> _Slot:
-        """A slot for a unit that nobody foresaw: the one whose content is wanted last."""
-        soon = self._order.coming(len(self._slots))
-        free = [slot for slot in self._slots if slot.state is not State.USED and self._has_room(slot, unit)]
-        if not free:
-            raise StreamedModel(
-                f"{unit}: expected a free slot, found all {len(self._slots)} computing, one unit within the other; "
-                "use more slots."
-            )
-        return max(free, key=lambda slot: soon.index(slot.unit) if slot.unit in soon else len(soon))
-
-    def _read_ahead(self) -> None:
-        """Fill every slot that is not needed with what comes next, each unit into the smallest that it fits in."""
-        free = [slot for slot in self._slots if slot.state is not State.USED]
-        soon = self._order.coming(len(free))
-        spare = [slot for slot in free if slot.unit not in soon or self._where.get(slot.unit) is not slot]
-        for unit in soon:
-            fitting = [slot for slot in spare if self._has_room(slot, unit)]
-            if unit not in self._where and fitting:
-                slot = min(fitting, key=lambda slot: slot.data.size)
-                spare.remove(slot)
-                self._begin(unit, slot, priority=0)
-
-    def _has_room(self, slot: _Slot, unit: str) -> bool:
-        return slot.data.size >= self._refill.recipes[unit].nbytes
-
-    def _begin(self, unit: str, slot: _Slot, *, priority: int) -> None:
-        self._empty(slot)
-        # Known before it runs, and found only once it runs: an interrupt can come at any line.
-        slot.batch = self._refill.batch(unit, slot.data)
-        self._refill.reader.begin(slot.batch, priority)
-        slot.state, slot.unit = State.COMING, unit
-        self._where[unit] = slot
-
-    def _empty(self, slot: _Slot) -> None:
-        if self._where.get(slot.unit) is slot:
-            del self._where[slot.unit]
-        slot.state, slot.unit = State.EMPTY, ""
-        if slot.batch is not None:
-            slot.batch.cancel()
-            slot.batch = None
-
-    def _switch(self, unit: str, slot: _Slot) -> None:
+    def _switch(self, unit: str, slot: Slot) -> None:
         """Put the parameters that lie in a slot into their modules."""
         if unit not in slot.parameters:
             slot.parameters[unit] = self._views(unit, slot.data)
@@ -382,20 +313,19 @@ class Residency:
             for owner, name in member.owners:
                 owner[name] = parameter
 
-    def _let_go(self, slot: _Slot) -> None:
+    def _let_go(self, slot: Slot) -> None:
         for member in self._units[slot.unit]:
             for owner, name in member.owners:
                 owner[name] = member.placeholder
         slot.state, slot.depth = State.READY, 0
+        self._refill.release(slot.data)
 
-    def _views(self, unit: str, data: Bytes) -> list[nn.Parameter]:
-        views = []
+    def _views(self, unit: str, data: torch.Tensor) -> list[nn.Parameter]:
         with torch.inference_mode(False):
-            for place, member in zip(self._refill.recipes[unit].places, self._units[unit], strict=True):
-                nbytes = member.placeholder.numel() * member.placeholder.element_size()
-                tensor = as_tensor(data[place.begin : place.begin + nbytes], place.target.dtype, place.target.shape)
-                views.append(nn.Parameter(tensor, requires_grad=member.placeholder.requires_grad))
-        return views
+            return [
+                nn.Parameter(tensor, requires_grad=member.placeholder.requires_grad)
+                for tensor, member in zip(self._refill.layout(unit).views(data), self._units[unit], strict=True)
+            ]
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled, and the model with it."""
@@ -403,19 +333,3 @@ class Residency:
             "expected a model that is wholly in memory to copy or pickle, found one that is streamed from its files; "
             "load it again instead of copying it."
         )
-
-
-def _kept(output: Any, slot: Bytes) -> Any:
-    """A unit's output with what lies in its slot copied out of it; None where nothing does."""
-    if isinstance(output, torch.Tensor):
-        begin = slot.ctypes.data
-        return output.clone() if begin <= output.untyped_storage().data_ptr() < begin + slot.size else None
-    if isinstance(output, list | tuple) and type(output) in (list, tuple):
-        kept = [_kept(one, slot) for one in output]
-        if any(one is not None for one in kept):
-            return type(output)(old if new is None else new for old, new in zip(output, kept, strict=True))
-    if isinstance(output, dict):
-        changed = {key: new for key, value in output.items() if (new := _kept(value, slot)) is not None}
-        for key, new in changed.items():
-            output[key] = new
-    return None

@@ -90,6 +90,8 @@ class Streaming:
         expert_bytes: the memory that fused experts of all layers together may take; 0 for experts that come whole,
             with their unit.
         unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
+        device: where the model computes.
+        in_memory: which of the tensors are read once, into host memory, and come from there.
     """
 
     units: tuple[str, ...] = ()
@@ -98,6 +100,30 @@ class Streaming:
     expert_tensors: frozenset[str] = frozenset()
     expert_bytes: int = 0
     unit_of: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    in_memory: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """Where the blocks of a model are in use, and in which dtype; each a device and a dtype, None as it is.
+
+    A dtype that is narrower than a block's own rounds the block's matrices (what has two dimensions or more), and so
+    changes the numbers. They do not depend on which of the blocks stay near. What is not in a block, such as embeddings
+    and heads, is on the computing device.
+
+    Attributes:
+        ready: at home: on the `disk`, or in the host's memory, `cpu`.
+        staged: what is kept near, while `staged_bytes` allow: in the host's memory, or on the computing device. The
+            home itself, where nothing is to be kept.
+        computing: while their forward runs.
+        staged_bytes: the most that staged blocks take together, each whole; None for all of them.
+    """
+
+    ready: tuple[str, str | None] = ("cpu", None)
+    staged: tuple[str, str | None] = ("cpu", None)
+    computing: tuple[str, str | None] = ("cpu", None)
+    staged_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes, transfer_s, work
 from loadstone.plan.experts import ring_bytes
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import Assignment, Missing
+from loadstone.plan.place import Assignment, Missing, buffer_bytes
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
 
 # Words with which transformers leaves the choice to the planner.
@@ -125,7 +125,10 @@ def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> 
         units.setdefault(one.compute, []).append(one.unit)
         if one.unit.kind is UnitKind.EMBEDDING:
             rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
-    return {device: ring_bytes(away, num_slots) + rows.get(device, 0) for device, away in units.items()}
+    rings = {device: ring_bytes(away, num_slots) + rows.get(device, 0) for device, away in units.items()}
+    if buffers := buffer_bytes(streamed):
+        rings[HOST] = rings.get(HOST, 0) + buffers
+    return rings
 
 
 def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]) -> int:

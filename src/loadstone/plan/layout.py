@@ -13,8 +13,8 @@ from itertools import pairwise
 from loadstone.hardware.spec import Device
 from loadstone.plan.budget import SHARED_MEMORY
 from loadstone.plan.cost import Speeds
-from loadstone.plan.place import Assignment, Missing, Placed, Segment, place, run_s
-from loadstone.plan.reserve import PINNED_RING_BYTES, Loading
+from loadstone.plan.place import Assignment, Missing, Placed, Segment, buffer_bytes, place, run_s
+from loadstone.plan.reserve import NUM_BUFFERS, PINNED_RING_BYTES, Loading
 from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Unit, UnitKind
 
@@ -93,7 +93,7 @@ class Layout:
     Attributes:
         assignments: every unit once, or its parts, in execution order.
         num_slots: of the rings.
-        ring_bytes: by compute device.
+        ring_bytes: by device: the slots of what computes there, and on the host what is on its way to accelerators.
         pass_s: a decoding pass, then the pass over the prompt.
     """
 
@@ -183,11 +183,14 @@ def _on_accelerators(
 ) -> Layout | Missing:
     """Every segment on its device; host memory goes to the first that need it."""
     host_room = problem.host_room((), len(segments))
-    if host_room < 0:
-        return Missing(nbytes=-host_room)
     placed: dict[str, Placed] = {}
     for device, units in segments:
         # A device that shares the host's memory gains nothing from units that live there.
+        if not whole and problem.offload:  # whatever of them will come from the disk
+            sizes = [unit.slot_bytes for unit in units if unit.kind is not UnitKind.EMBEDDING]
+            host_room -= NUM_BUFFERS * max(sizes, default=0)
+        if host_room < 0:
+            return Missing(nbytes=-host_room)
         room = 0 if device.kind in SHARED_MEMORY or whole else host_room
         one = place(_segment(problem, device.id, units, room))
         if isinstance(one, Missing):
@@ -273,10 +276,13 @@ def _joined(placed: Mapping[str, Placed], host: Layout | None = None) -> Layout:
     together = [assignment for part in parts for assignment in part]
     slots = [one.num_slots for one in placed.values() if one.num_slots] + ([host.num_slots] if host else [])
     seconds = [one.pass_s for one in placed.values()] + ([host.pass_s] if host else [])
+    rings = {name: one.ring_bytes for name, one in placed.items()} | (dict(host.ring_bytes) if host else {})
+    if buffers := buffer_bytes(together):
+        rings[HOST] = rings.get(HOST, 0) + buffers
     return Layout(
         assignments=tuple(sorted(together, key=lambda one: one.unit.order)),
         num_slots=min((count for count in slots if count), default=0),
-        ring_bytes={name: one.ring_bytes for name, one in placed.items()} | (dict(host.ring_bytes) if host else {}),
+        ring_bytes=rings,
         pass_s=(sum(one[0] for one in seconds), sum(one[1] for one in seconds)),
     )
 

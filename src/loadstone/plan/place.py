@@ -10,11 +10,12 @@ holds all that less memory held, and the plan is never slower for having more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
 from loadstone.plan.experts import ring_bytes
+from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
 # How many sizes of a slot are tried: each makes all larger units resident.
@@ -137,6 +138,15 @@ class _Choice:
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
     return (unit.kind, unit.memory_bytes, unit.slot_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
+
+
+def buffer_bytes(assignments: Iterable[Assignment]) -> int:
+    """What units need of the host on their way from the disk to accelerators."""
+    largest: dict[str, int] = {}
+    for one in assignments:
+        if one.home == DISK and one.compute != HOST and one.unit.kind is not UnitKind.EMBEDDING:
+            largest[one.compute] = max(largest.get(one.compute, 0), one.unit.slot_bytes)
+    return NUM_BUFFERS * sum(largest.values())
 
 
 def place(segment: Segment) -> Placed | Missing:
@@ -264,7 +274,7 @@ def _expert_bytes(groups: Sequence[_Group], slot_bytes: int, num_slots: int) -> 
 def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
     """Keep parts of one of the units that do not fit whole."""
     group = choice.groups[index]
-    streamed = _spread(len(group.units), choice.kept[index])
+    streamed = spread(len(group.units), choice.kept[index])
     unit = group.units[streamed[len(streamed) // 2]]
     parts = sorted(segment.parts(unit), key=lambda part: (part.memory_bytes, part.name))
     stay: list[Unit] = []
@@ -277,7 +287,7 @@ def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
         choice.split = (group, unit, tuple(stay), tuple(parts[len(stay) :]))
 
 
-def _spread(count: int, kept: int) -> list[int]:
+def spread(count: int, kept: int) -> list[int]:
     """The places of those that are streamed, as far from each other as can be: in the middle of equal shares."""
     streamed = count - kept
     return [(2 * index + 1) * count // (2 * streamed) for index in range(streamed)]
@@ -339,7 +349,7 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
     rows = 0
     for group, kept in zip(choice.groups, choice.kept, strict=True):
         split = choice.split if choice.split is not None and choice.split[0] is group else None
-        away = [group.units[index] for index in _spread(len(group.units), kept)]
+        away = [group.units[index] for index in spread(len(group.units), kept)]
         rows += (group.rows_bytes or 0) * len(away)
         if split is not None:
             away.remove(split[1])
@@ -348,7 +358,7 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
                 Assignment(unit=part, home=HOST if near[id(part)] else DISK, compute=segment.device)
                 for part in split[3]
             ]
-        on_disk = set(_spread(len(away), near.get(id(group.units[0]), 0)))
+        on_disk = set(spread(len(away), near.get(id(group.units[0]), 0)))
         homes = {unit.name: DISK if index in on_disk else HOST for index, unit in enumerate(away)}
         if split is not None:
             homes[split[1].name] = ""

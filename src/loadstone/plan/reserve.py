@@ -18,6 +18,8 @@ from loadstone.plan.values import Run
 DEVICE_WORKSPACE_BYTES = 96_000_000
 # The ring of page-locked buffers on the host through which weights reach one device.
 PINNED_RING_BYTES = 16_000_000
+# How many units are in page-locked host memory at a time on their way from the disk to one device.
+NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
 # most: 0.3 to 1.5, found with eight models (benchmarks/bench_plan.py). Blocks of more than 32 MB go back at once.

@@ -24,7 +24,8 @@ from loadstone.stream.convert import Kernel, kernel_for, through
 from loadstone.stream.dequantize import dequantize
 from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
 from loadstone.stream.prefault import Prefault
-from loadstone.stream.read import Batch, Fill, Reader
+from loadstone.stream.read import Batch, Reader
+from loadstone.stream.spans import Fill
 
 _BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.

@@ -18,7 +18,8 @@ from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.errors import UnsupportedDtype
 from loadstone.stream.host import Ahead, fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Batch, Fill, Reader
+from loadstone.stream.read import Batch, Reader
+from loadstone.stream.spans import Fill
 from loadstone.stream.transfer import LockedStaging, device_fill, link_for
 
 
@@ -227,8 +228,9 @@ class Materializer:
         if self._link is None or not stored or not assignment.is_plain:
             return False
         wanted = torch_dtype(target.dtype)
-        whole = torch.empty(target.shape, dtype=wanted, device=self._device)
-        flat = whole.view(-1).view(torch.uint8)
+        with torch.inference_mode(False):  # the reader's threads write to it, which are in no such mode
+            whole = torch.empty(target.shape, dtype=wanted, device=self._device)
+            flat = whole.view(-1).view(torch.uint8)
         for part, info in zip(assignment.parts, infos, strict=True):
             piece = flat[self._stretch(part, info, target.dtype)]
             fills.append(device_fill(info, (torch_dtype(info.dtype), wanted), piece, self._link))

@@ -18,8 +18,9 @@ from loadstone.errors import UnsupportedDtype
 from loadstone.stream.convert import kernel_for
 from loadstone.stream.host import FileMaps, fill_for, lost
 from loadstone.stream.memory import Bytes, Gatherer, anonymous
-from loadstone.stream.read import Fill, Reader
+from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT
+from loadstone.stream.spans import Fill
 
 _BLOCKS = {block.name: block for block in GGML_BLOCKS.values()}
 # Decoded at once by a thread: of most encodings some 300 kB become 2 MB of float32.

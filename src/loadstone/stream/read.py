@@ -13,20 +13,15 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from loadstone.events import NO_TRACE, BytesMoved, Observer, Tracer, ignore
 from loadstone.stream.busy import Busy
 from loadstone.stream.convert import copy
 from loadstone.stream.memory import Bytes, anonymous, populate
-from loadstone.stream.source import ALIGNMENT, OpenFiles, Source, manners_of, staging_bytes
+from loadstone.stream.source import OpenFiles, Source, manners_of, staging_bytes
+from loadstone.stream.spans import CHUNK_BYTES, Fill, Prepared, Span, spans_of
 
-# Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
-CHUNK_BYTES = 1 << 20
-# What is only moved does not pass through the caches.
-_COPY_CHUNK_BYTES = 16 << 20
 _TELL_BYTES = 64 << 20
 # How long a thread without work waits for more before it ends.
 _LINGER_S = 1.0
@@ -49,62 +44,6 @@ class HostStaging:
     def next(self) -> Bytes:
         """The buffer."""
         return self._buffer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fill:
-    """One range of a file and where its elements go.
-
-    Attributes:
-        file: the file.
-        offset: of the first byte.
-        source_bits: the width of a stored element, or of a block.
-        destination_bits: what such an element or block becomes.
-        nbytes: how many bytes are read.
-        destination: where they go: contiguous bytes, `nbytes * destination_bits / source_bits` of them, as an array, or
-            as whatever else can be sliced and `kernel` understands (a tensor on a device).
-        kernel: what is done on the way; called with the bytes read and the destination.
-        fresh: the destination is host memory that was never touched.
-        chunk_bytes: the most that is read at once and handed to `kernel`; staging must have room for it.
-    """
-
-    file: Path
-    offset: int
-    nbytes: int
-    destination: Any
-    kernel: Callable[[Bytes, Any], None] = copy
-    source_bits: int = 8
-    destination_bits: int = 8
-    fresh: bool = True
-    chunk_bytes: int = CHUNK_BYTES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Span:
-    """Neighbouring fills of one file that are read in one call."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    fills: tuple[Fill, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """Fills that are read again and again: cut and joined once, from files that stay open.
-
-    Attributes:
-        spans: what is read in one call each.
-        total_bytes: of all of them.
-    """
-
-    spans: tuple[_Span, ...]
-    total_bytes: int
-
-
-def prepare(fills: Sequence[Fill]) -> Prepared:
-    """Do once what `Reader.submit` would do each time."""
-    return Prepared(spans=tuple(_spans(fills)), total_bytes=sum(fill.nbytes for fill in fills))
 
 
 def read_now(prepared: Prepared, files: OpenFiles, staging: Staging) -> None:
@@ -133,13 +72,13 @@ class Batch:
         label: what a trace calls it.
     """
 
-    def __init__(self, spans: Iterable[_Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
+    def __init__(self, spans: Iterable[Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
         self.label = ""
         self.total_bytes = total_bytes
         self.done_bytes = 0
         self.files = files
         self._lock = threading.Lock()
-        self._spans: Iterator[_Span] = iter(spans)
+        self._spans: Iterator[Span] = iter(spans)
         self._close_files = close_files
         self._num_running = 0
         self._exhausted = False
@@ -173,7 +112,7 @@ class Batch:
         self._give_up(None)
         self._over.wait()
 
-    def _take(self) -> _Span | None:
+    def _take(self) -> Span | None:
         """The next span, which must be followed by `_run`; None when there is none left."""
         with self._lock:
             span = next(self._spans, None)
@@ -184,7 +123,7 @@ class Batch:
                 self._num_running += 1
             return span
 
-    def _run(self, span: _Span, staging: Staging, tell: Callable[[Batch, int, float], None]) -> None:
+    def _run(self, span: Span, staging: Staging, tell: Callable[[Batch, int, float], None]) -> None:
         """Read a span and deliver it."""
         begin_s = time.perf_counter()
         try:
@@ -274,7 +213,7 @@ class Reader:
         """
         files = OpenFiles(manners_of({fill.file: None for fill in fills}))
         total_bytes = sum(fill.nbytes for fill in fills)
-        return self.begin(Batch(_spans(fills), total_bytes, files, close_files=True), priority)
+        return self.begin(Batch(spans_of(fills), total_bytes, files, close_files=True), priority)
 
     def repeat(self, prepared: Prepared, files: OpenFiles, *, priority: int = 0, label: str = "") -> Batch:
         """Begin to read what was prepared; returns at once.
@@ -323,7 +262,7 @@ class Reader:
             self._busy.end()
             del batch, span, job  # what was delivered must not live on in a thread that waits
 
-    def _next(self) -> tuple[Batch, _Span] | None:
+    def _next(self) -> tuple[Batch, Span] | None:
         with self._lock:
             while True:
                 while self._queue:
@@ -346,57 +285,7 @@ class Reader:
         self._observer(event)
 
 
-def _spans(fills: Iterable[Fill]) -> Iterator[_Span]:
-    """Cut large fills into chunks and join neighbouring small ones, in file order."""
-    pending: list[Fill] = []
-    for piece in _pieces(sorted(fills, key=lambda fill: (str(fill.file), fill.offset))):
-        if pending and not _joins(pending, piece):
-            yield _span(pending)
-            pending = []
-        pending.append(piece)
-    if pending:
-        yield _span(pending)
-
-
-def _joins(pending: Sequence[Fill], piece: Fill) -> bool:
-    last = pending[-1]
-    adjacent = last.file == piece.file and last.offset + last.nbytes == piece.offset
-    return adjacent and piece.offset + piece.nbytes - pending[0].offset <= pending[0].chunk_bytes
-
-
-def _span(fills: Sequence[Fill]) -> _Span:
-    first, last = fills[0], fills[-1]
-    return _Span(
-        file=first.file, offset=first.offset, nbytes=last.offset + last.nbytes - first.offset, fills=tuple(fills)
-    )
-
-
-def _pieces(fills: Iterable[Fill]) -> Iterator[Fill]:
-    for fill in fills:
-        begin = 0
-        while begin < fill.nbytes:
-            end = _cut(fill, begin)
-            if end - begin == fill.nbytes:
-                yield fill
-            else:
-                to, until = (at * fill.destination_bits // fill.source_bits for at in (begin, end))
-                yield replace(
-                    fill, offset=fill.offset + begin, nbytes=end - begin, destination=fill.destination[to:until]
-                )
-            begin = end
-
-
-def _cut(fill: Fill, begin: int) -> int:
-    """Where the piece that starts at `begin` ends: at an element, or at a block of the disk if bytes only move."""
-    if fill.kernel is copy:
-        end = (fill.offset + begin + _COPY_CHUNK_BYTES) // ALIGNMENT * ALIGNMENT - fill.offset
-    else:
-        unit = max(1, fill.source_bits // 8)
-        end = begin + fill.chunk_bytes // unit * unit
-    return min(end, fill.nbytes)
-
-
-def _deliver(span: _Span, source: Source, staging: Staging) -> None:
+def _deliver(span: Span, source: Source, staging: Staging) -> None:
     first = span.fills[0]
     if len(span.fills) == 1 and first.kernel is copy:
         _touch(first)

@@ -20,7 +20,7 @@ from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.stream.convert import Bytes, Kernel, copy, kernel_for
 from loadstone.stream.host import fill_for
-from loadstone.stream.read import Fill
+from loadstone.stream.spans import Fill
 
 Array = NDArray[Any]
 _NOWHERE = np.empty(0, np.uint8)

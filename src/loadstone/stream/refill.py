@@ -20,7 +20,7 @@ from loadstone.events import Observer, ignore
 from loadstone.stream.convert import copy
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Batch, Fill, Prepared, Reader, batch_of, prepare
+from loadstone.stream.read import Batch, Reader, batch_of
 from loadstone.stream.rearrange import (
     Rearranged,
     decoded_nbytes,
@@ -30,6 +30,7 @@ from loadstone.stream.rearrange import (
     target_nbytes,
 )
 from loadstone.stream.source import ALIGNMENT, OpenFiles, streaming_manners
+from loadstone.stream.spans import Fill, Prepared, prepare
 
 _NOWHERE = np.empty(0, np.uint8)
 # Where parameters begin that are not laid out as the file's blocks are.
@@ -227,10 +228,6 @@ class Refill:
         self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
         self.reader = Reader(observer=observer, stage="stream")
         self.files = OpenFiles(streaming_manners(self._versions), checkpoint.files)
-
-    def slot_sizes(self, count: int) -> list[int]:
-        """How large each of `count` slots must be, so that any `count` different units find room at once."""
-        return sorted((recipe.nbytes for recipe in self.recipes.values()), reverse=True)[:count]
 
     def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
         """Begin to read a unit into a slot, which nobody must use meanwhile.

@@ -26,8 +26,9 @@ from loadstone.hardware.memory import num_cores
 from loadstone.stream.host import FileMaps
 from loadstone.stream.memory import Bytes, Gatherer, anonymous
 from loadstone.stream.pieces import Piece, Room, compose_bytes, gather_bytes, pieces_of
-from loadstone.stream.read import CHUNK_BYTES, Reader
+from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT, staging_bytes
+from loadstone.stream.spans import CHUNK_BYTES
 
 STAGE = "write"
 SLOT_BYTES = 8 << 20

@@ -7,7 +7,7 @@ so that whoever looks them up needs to know nothing of it, and pages without a r
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import PAGE_BYTES, anonymous, give_back
-from loadstone.stream.read import Fill, HostStaging, prepare, read_now
+from loadstone.stream.read import HostStaging, read_now
 from loadstone.stream.rearrange import is_rearranged, target_nbytes
 from loadstone.stream.refill import Refill, Wanted
+from loadstone.stream.spans import Fill, prepare
 
 # Rows of earlier passes that stay; the words that a text repeats are most of it.
 _KEPT_BYTES = 4 << 20
@@ -38,6 +39,35 @@ def has_rows(wanted: Wanted, tensors: dict[str, TensorInfo] | Any) -> bool:
         return False
     whole_blocks = target.shape[1] % _BLOCK_NUMEL.get(info.encoding or "", 1) == 0
     return whole_blocks and fill_for(info, target.dtype, _NOWHERE, fresh=False) is not None
+
+
+class Table(Protocol):
+    """A table on the host of which rows are looked up.
+
+    Attributes:
+        read_bytes: how much was read so far.
+    """
+
+    read_bytes: int
+
+    def bring(self, ids: NDArray[np.int64]) -> None:
+        """Return when the rows of these numbers are there."""
+
+    def trim(self) -> None:
+        """Nothing that lies in the table is used any more."""
+
+
+class WholeTable:
+    """A table that is in memory as a whole."""
+
+    def __init__(self) -> None:
+        self.read_bytes = 0
+
+    def bring(self, ids: NDArray[np.int64]) -> None:
+        """All rows are there."""
+
+    def trim(self) -> None:
+        """And stay."""
 
 
 class Rows:

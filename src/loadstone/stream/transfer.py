@@ -16,14 +16,27 @@ import torch
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES
 from loadstone.stream.memory import Bytes, anonymous, populate
-from loadstone.stream.read import Fill
 from loadstone.stream.source import staging_bytes
+from loadstone.stream.spans import Fill
 
 # At 4 MB a copy takes longer than the calls that ask for it: PCIe 5 moves it in 0.1 ms.
 CHUNK_BYTES = 4 << 20
 _NUM_SLOTS = 2
 
 _logger = logging.getLogger("loadstone.stream")
+
+
+class Moved(Protocol):
+    """A point in what was enqueued."""
+
+    def is_over(self) -> bool:
+        """Whether all before it is done."""
+
+    def wait(self) -> None:
+        """Return when it is."""
+
+    def join(self) -> None:
+        """What this thread asks the device to compute from now on waits for it; returns at once."""
 
 
 class Link(Protocol):
@@ -44,12 +57,84 @@ class Link(Protocol):
     def join(self) -> None:
         """What the device is asked to compute from now on waits for all that was enqueued."""
 
+    def moved(self) -> Moved:
+        """The point that enqueued work has come to when all that was enqueued until now is done."""
+
+    def computed(self) -> Callable[[], None]:
+        """A function after whose call what is enqueued waits for what this thread has asked the device to compute."""
+
     def close(self) -> None:
         """Wait, and give the memory back."""
 
 
+class _Done:
+    """A point that was passed before anybody asked."""
+
+    def is_over(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+
+class NoLink:
+    """No way at all: whoever enqueues does the work, before the call returns.
+
+    For the host itself, and for devices that order copies and computation by themselves.
+    """
+
+    def locked(self, nbytes: int) -> Bytes:
+        """Ordinary memory."""
+        return anonymous(nbytes)
+
+    def fork(self) -> None:
+        """Nothing is left to wait for."""
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Do it."""
+        work()
+
+    def mark(self) -> Callable[[], None]:
+        """A function that returns at once."""
+        return _Done().wait
+
+    def join(self) -> None:
+        """Nothing is left to wait for."""
+
+    def moved(self) -> Moved:
+        """A point that is passed already."""
+        return _Done()
+
+    def computed(self) -> Callable[[], None]:
+        """A function that does nothing."""
+        return _Done().wait
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def _driver() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class _CudaMoved:
+    """An event in the side stream."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event = event
+        self._device = device
+
+    def is_over(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class CudaLink:
@@ -89,9 +174,18 @@ class CudaLink:
         """The current stream waits for the side stream."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
+    def moved(self) -> Moved:
+        """An event in the side stream, which the current one can be made to wait for."""
+        return _CudaMoved(self._stream.record_event(), self._device)
+
+    def computed(self) -> Callable[[], None]:
+        """An event in the current stream, which the side stream can be made to wait for."""
+        event = torch.cuda.current_stream(self._device).record_event()
+        return lambda: self._stream.wait_event(event)
+
     def close(self) -> None:
-        """Wait for the side stream, then unregister."""
-        self._stream.synchronize()
+        """Wait for both streams, then unregister."""
+        torch.cuda.synchronize(self._device)
         for memory in self._memory:
             _driver().cudaHostUnregister(memory.ctypes.data)
         self._memory.clear()
@@ -100,6 +194,15 @@ class CudaLink:
 # By the type of the device. Others have no page-locked memory of this kind (mps shares the host's) and are sent whole
 # tensors.
 LINKS: dict[str, Callable[[torch.device], Link]] = {"cuda": CudaLink}
+
+
+# What computes in the place of a device that is not there, by the device's id; tests put a fake link beside it.
+STAND_INS: dict[str, str] = {}
+
+
+def torch_device(device_id: str) -> torch.device:
+    """The device of that id as torch has it."""
+    return torch.device(STAND_INS.get(device_id, device_id))
 
 
 def link_for(device: torch.device) -> Link | None:

@@ -1,0 +1,211 @@
+"""`offload`: a module that is already built and loaded, made to run where it does not fit."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loadstone.api.offload_choice import Chosen, chosen
+from loadstone.api.registry import Loaded, find, remember
+from loadstone.checkpoint.cache import cache_folder
+from loadstone.errors import StreamedModel
+from loadstone.events import Recorder
+from loadstone.execute.values import States
+from loadstone.hardware.memory import PeakWatch, ResidentBytes, resident
+from loadstone.plan.choose import Choice
+from loadstone.plan.load_peak import LoadPeak
+from loadstone.report.load_report import LoadReport
+from loadstone.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from loadstone.architecture.keymap import Target
+    from loadstone.execute.offload import Offloaded
+    from loadstone.stream.refill import Wanted
+    from loadstone.stream.sources import Source, Way
+
+
+def offload(
+    model: nn.Module,
+    *,
+    device: str | torch.device | None = None,
+    max_memory: str | int | None = None,
+    home: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    states: States | None = None,
+) -> nn.Module:
+    """Have a module compute on a device that does not hold it: what fits stays there, the rest comes as it is needed.
+
+    Any `nn.Module` will do, whoever built and loaded it. Blocks are what its lists and sequences of modules hold. Those
+    that stay are spread evenly between the others, which travel ahead of use through a ring of slots. Parameters are
+    read, never written. Autograd needs the whole model at once and is refused.
+
+    Args:
+        model: the module, in memory.
+        device: where it computes, as torch writes it; by default the first accelerator, or the CPU.
+        max_memory: the most that weights and slots may take of that device, in bytes or as `"6GB"`; caches and
+            activations come on top. By default four fifths of what is free.
+        home: where the parameters are that do not stay: `"cpu"`, where they remain the master copy (in page-locked
+            memory, if the device fetches from it), or `"disk"`. There it is the files that `loadstone.load` read them
+            from, if they are still the same, otherwise a file without a name in Loadstone's cache folder, which is gone
+            when the process is.
+        dtype: a narrower dtype in which the matrices of blocks are kept at home and travel, such as
+            `"float8_e4m3fn"`. They are rounded to it, which changes the numbers, wherever they are.
+        states: says all of that by the states of a block, and more; see `loadstone.States`.
+
+    Returns:
+        The same module. `loadstone.of(model)` tells what it does, and its `restore()` undoes it.
+
+    Raises:
+        DoesNotFit: not even one block at a time fits.
+        DeviceUnavailable: the device is not there.
+        StreamedModel: parts of the model are streamed already.
+        ValueError: an argument means nothing, or contradicts another.
+    """
+    known = find(model)
+    if known is not None and known.residency is not None:
+        raise StreamedModel(
+            f"{type(model).__name__}: expected a model that is wholly in memory, found one that is streamed already; "
+            "call loadstone.of(model).restore() first, or load it again."
+        )
+    recorder = Recorder()
+    before, start = resident(), time.perf_counter()
+    with PeakWatch() as watch:
+        with recorder.stage("placement") as told:
+            choice = chosen(
+                model,
+                device=None if device is None else str(device),
+                max_memory=max_memory,
+                home=home,
+                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+                states=states,
+            )
+            told.text = choice.text
+        with recorder.stage("offload") as told:
+            done = _arranged(model, choice, known)
+            told.text = _line(done)
+    report = _report(model, choice, recorder, known)
+    report = replace(report, seconds=time.perf_counter() - start, before=before, peak=watch.peak)
+    remember(model, Loaded(report=report, residency=done.residency, undo=_Undo(done, known)))
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Undo:
+    """What `Loaded.restore` calls: it makes the module what it was, and what is known of it too."""
+
+    done: Offloaded
+    known: Loaded | None
+
+    def __call__(self) -> Loaded | None:
+        self.done.restore()
+        return self.known
+
+
+def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offloaded:
+    from loadstone.execute.offload import Arrangement, arranged
+    from loadstone.stream.destination import Destination
+    from loadstone.stream.sources import MemorySource, Way
+    from loadstone.stream.transfer import torch_device
+
+    device = torch_device(choice.device)
+    arrangement = Arrangement(
+        device=device,
+        dtype=choice.computing_dtype,
+        away=choice.away,
+        num_slots=choice.num_slots,
+        gives_up=choice.on_disk,
+    )
+    closing: list[Callable[[], None]] = []
+
+    def source(parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> Source:
+        way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
+        if choice.on_disk:
+            return _on_disk(parameters, targets, way, known, closing)
+
+        def moved(fqn: str, tensor: torch.Tensor) -> None:
+            parameters[fqn].data = tensor
+
+        return MemorySource(tensors=parameters, targets=targets, way=way, moved=moved)
+
+    def end() -> None:
+        for close in closing:
+            close()
+
+    done = arranged(model, arrangement, source, end)
+    for close in closing:
+        weakref.finalize(model, close)
+    return done
+
+
+def _on_disk(
+    parameters: Mapping[str, nn.Parameter],
+    targets: Mapping[str, Target],
+    way: Way,
+    known: Loaded | None,
+    closing: list[Callable[[], None]],
+) -> Source:
+    """The files that the parameters were loaded from, if they are still the same; otherwise a file of their own."""
+    from loadstone.stream.sources import FileSource
+    from loadstone.stream.spill import Spill, wanted_from
+    from loadstone.stream.unchanged import are_in_files
+
+    origin = known.origin if known is not None else None
+    if origin is not None and set(parameters) <= set(origin.wanted):
+        found: dict[str, Wanted] = {fqn: origin.wanted[fqn] for fqn in parameters}
+        if are_in_files(parameters, found, origin.checkpoint):
+            wanted = {fqn: replace(one, target=targets[fqn]) for fqn, one in found.items()}
+            return FileSource(wanted, origin.checkpoint, way)
+    spill = Spill(cache_folder() / "offload")
+    closing.append(spill.close)
+    for fqn, parameter in parameters.items():
+        spill.add(fqn, parameter)
+    checkpoint = spill.finish()
+    return FileSource(wanted_from(checkpoint, targets), checkpoint, way)
+
+
+def _line(done: Offloaded) -> str:
+    if done.residency is None:
+        return "all of it stays"
+    stats = done.residency.stats()
+    return (
+        f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots of "
+        f"{format_bytes(stats.slot_bytes)} together"
+    )
+
+
+def _report(model: nn.Module, choice: Chosen, recorder: Recorder, known: Loaded | None) -> LoadReport:
+    device = Choice(value=choice.device, reason=choice.reason)
+    if known is not None:
+        phases = (*known.report.phases, *recorder.finished)
+        return replace(known.report, device=device, phases=phases, plan=None)
+    parameters = list(model.parameters())
+    tensors = {id(tensor): tensor for tensor in [*parameters, *model.buffers()]}
+    main = next((one.dtype for one in parameters if one.is_floating_point()), "none")
+    nothing = ResidentBytes(anonymous_bytes=0, file_bytes=0)
+    return LoadReport(
+        source="memory",
+        model_class=type(model).__name__,
+        chosen_by="it was built already",
+        files=(),
+        num_parameters=sum(one.numel() for one in parameters),
+        weight_bytes=sum(one.numel() * one.element_size() for one in tensors.values()),
+        dtype=Choice(value=str(main).removeprefix("torch."), reason="as it was built"),
+        device=device,
+        attention=Choice(value="its own", reason="it was built already"),
+        phases=tuple(recorder.finished),
+        seconds=0.0,
+        mapped_bytes=0,
+        paged_bytes=0,
+        paged_s=0.0,
+        read_bytes=0,
+        read_s=0.0,
+        before=nothing,
+        peak=nothing,
+        foretold=LoadPeak(weight_bytes=0, mapped_bytes=0, workspace_bytes=0),
+    )

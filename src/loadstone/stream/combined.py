@@ -1,0 +1,72 @@
+"""Units of one model that come from several homes into the slots of one destination."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from loadstone.stream.destination import Destination
+from loadstone.stream.filler import Filler, Filling, Known, Layout, unknown
+from loadstone.stream.read import Reader
+
+
+class Combined:
+    """Fills slots from wherever each unit lives.
+
+    Args:
+        fillers: by unit; closed with this.
+        destination: where the slots are; closed with this.
+        others: closed with this too.
+    """
+
+    def __init__(self, fillers: Mapping[str, Filler], destination: Destination, *others: Filler) -> None:
+        self._fillers = dict(fillers)
+        self._destination = destination
+        self._others = others
+
+    def layout(self, unit: str) -> Layout:
+        """How a unit lies in a slot."""
+        return self._fillers[unit].layout(unit)
+
+    def moved_bytes(self, unit: str) -> int:
+        """What travels to fill it."""
+        return self._fillers[unit].moved_bytes(unit)
+
+    def slot(self, nbytes: int) -> torch.Tensor:
+        """Memory of the destination."""
+        return self._destination.slot(nbytes)
+
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
+        """Begin to fill a slot."""
+        return self._fillers[unit].fill(unit, slot, priority=priority, known=known)
+
+    def attend(self, slot: torch.Tensor) -> None:
+        """What this thread computes from now on waits for what fills the slot."""
+        self._destination.attend(slot)
+
+    def release(self, slot: torch.Tensor) -> None:
+        """What this thread was asked to compute until now comes before the next fill of the slot."""
+        self._destination.release(slot)
+
+    def check(self, unit: str) -> None:
+        """Check that what a unit was filled from is still the same."""
+        self._fillers[unit].check(unit)
+
+    def check_all(self) -> None:
+        """Check whatever the fillers check."""
+        for filler in self._each():
+            filler.check_all()
+
+    def readers(self) -> tuple[Reader, ...]:
+        """Those of the fillers."""
+        return tuple(dict.fromkeys(reader for filler in self._each() for reader in filler.readers()))
+
+    def close(self) -> None:
+        """End the fillers, then the link."""
+        for filler in self._each():
+            filler.close()
+        self._destination.close()
+
+    def _each(self) -> Iterator[Filler]:
+        yield from {id(filler): filler for filler in (*self._fillers.values(), *self._others)}.values()

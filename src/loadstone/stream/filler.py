@@ -1,0 +1,152 @@
+"""What fills the slots of a streamed model, whatever the way there: all that residency asks for.
+
+A filler knows units by name. Fillers are composed: one that sends on to a device has another one fill what it sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+
+from loadstone.architecture.keymap import Target
+from loadstone.dtypes import DTYPES, nbytes_of
+from loadstone.stream.read import Reader
+from loadstone.stream.refill import Place
+
+# Where parameters begin in memory that is laid out here: what torch's allocators on devices keep to.
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the parameters of a unit lie in memory.
+
+    Attributes:
+        places: of the parameters.
+        nbytes: how much memory it takes to fill them.
+    """
+
+    places: tuple[Place, ...]
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """Where the last parameter ends."""
+        return max(place.begin + _nbytes(place) for place in self.places)
+
+    def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters in memory that is laid out so; nothing is copied."""
+        return [_view(memory, place) for place in self.places]
+
+
+class Filling(Protocol):
+    """A unit on its way into a slot."""
+
+    @property
+    def total_bytes(self) -> int:
+        """What travels."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to wait for."""
+
+    def wait(self) -> None:
+        """Return when `Filler.attend` may be called.
+
+        Raises:
+            LoadstoneError: it cannot be read.
+        """
+
+    def cancel(self) -> None:
+        """Give it up; when this returns, the slot may be filled anew."""
+
+
+Known = Callable[[Filling], None]
+
+
+def unknown(_: Filling) -> None:
+    """Nobody wants to know."""
+
+
+class Filler(Protocol):
+    """Fills slots with units; close it."""
+
+    def layout(self, unit: str) -> Layout:
+        """How a unit lies in a slot, and how large that must be."""
+
+    def moved_bytes(self, unit: str) -> int:
+        """What travels to fill it."""
+
+    def slot(self, nbytes: int) -> torch.Tensor:
+        """A new slot, shape (nbytes,), uint8, where the model computes."""
+
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
+        """Begin to fill a slot, which nobody must use meanwhile.
+
+        Args:
+            unit: what fills it.
+            slot: the memory.
+            priority: lower numbers come first.
+            known: told of what is to be waited for, or cancelled, before anything of it runs that can be cancelled.
+        """
+
+    def attend(self, slot: torch.Tensor) -> None:
+        """What this thread computes from now on waits for what fills the slot."""
+
+    def release(self, slot: torch.Tensor) -> None:
+        """What this thread was asked to compute until now must be over before the slot is filled anew."""
+
+    def check(self, unit: str) -> None:
+        """Check that what a unit was filled from is what it was when the model was loaded.
+
+        Raises:
+            UnreadableFile: a file is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+
+    def check_all(self) -> None:
+        """Check the same for all units, and for what else was loaded from the files.
+
+        Raises:
+            UnreadableFile: a file is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads files for it; none where all of it comes from memory."""
+
+    def close(self) -> None:
+        """End threads, close files, give memory back."""
+
+
+def laid_out(targets: Mapping[str, Target]) -> Layout:
+    """Parameters side by side, in their order.
+
+    Args:
+        targets: shape and dtype by fqn.
+    """
+    places: list[Place] = []
+    end = 0
+    for fqn, target in targets.items():
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+        places.append(Place(fqn=fqn, target=target, begin=begin))
+        end = begin + nbytes_of(DTYPES[target.dtype], prod(target.shape))
+    return Layout(places=tuple(places), nbytes=end)
+
+
+def _nbytes(place: Place) -> int:
+    return nbytes_of(DTYPES[place.target.dtype], prod(place.target.shape))
+
+
+def _view(memory: torch.Tensor, place: Place) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, place.target.dtype)
+    return memory[place.begin : place.begin + _nbytes(place)].view(dtype).view(place.target.shape)
+
+
+def slot_sizes(filler: Filler, units: Iterable[str], count: int) -> list[int]:
+    """How large each of `count` slots must be, so that any `count` different units find room at once."""
+    return sorted((filler.layout(unit).nbytes for unit in units), reverse=True)[:count]

@@ -1,0 +1,121 @@
+"""Units that are filled into host memory first and sent on from there: disk -> RAM -> device, or rounded on the way.
+
+Each of a few threads owns one buffer of exact size, locked where the device fetches from it. It has the buffer filled,
+sends it on, and fills it anew when the device has taken it. With two, one is read while the other travels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loadstone.plan.reserve import NUM_BUFFERS
+from loadstone.stream.destination import Destination
+from loadstone.stream.filler import Filler, Known, Layout, unknown
+from loadstone.stream.from_memory import Home, move
+from loadstone.stream.read import Reader
+from loadstone.stream.transfer import Moved
+from loadstone.stream.workers import Job, Workers
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """What one thread fills and sends on.
+
+    Attributes:
+        memory: the buffer.
+        taken: when what was sent on last has arrived.
+    """
+
+    memory: torch.Tensor
+    taken: Moved | None = None
+
+
+class Onward:
+    """A filler -> its buffers -> the slots of a destination.
+
+    Args:
+        inner: fills buffers of host memory; it is closed with this.
+        layouts: how each unit lies in a slot, and in which dtypes.
+        destination: where the slots are; closed by whoever made it.
+    """
+
+    def __init__(self, inner: Filler, layouts: Mapping[str, Layout], destination: Destination) -> None:
+        self._inner = inner
+        self._layouts = layouts
+        self._destination = destination
+        self._nbytes = max((inner.layout(unit).nbytes for unit in layouts), default=0)
+        self._workers = Workers(NUM_BUFFERS, "loadstone-send")
+        self._own = threading.local()
+
+    def layout(self, unit: str) -> Layout:
+        """How a unit lies in a slot."""
+        return self._layouts[unit]
+
+    def moved_bytes(self, unit: str) -> int:
+        """What the inner filler moves."""
+        return self._inner.moved_bytes(unit)
+
+    def slot(self, nbytes: int) -> torch.Tensor:
+        """Memory of the destination."""
+        return self._destination.slot(nbytes)
+
+    def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Job:
+        """Begin to fill a buffer, and to send it on into a slot."""
+        job = Job(self.moved_bytes(unit), lambda job: self._pass_on(job, unit, slot, priority))
+        known(job)
+        return self._workers.begin(job, priority=priority)
+
+    def attend(self, slot: torch.Tensor) -> None:
+        """What this thread computes from now on waits for what fills the slot."""
+        self._destination.attend(slot)
+
+    def release(self, slot: torch.Tensor) -> None:
+        """What this thread was asked to compute until now comes before the next fill of the slot."""
+        self._destination.release(slot)
+
+    def check(self, unit: str) -> None:
+        """Check what the inner filler checks."""
+        self._inner.check(unit)
+
+    def check_all(self) -> None:
+        """Check what the inner filler checks."""
+        self._inner.check_all()
+
+    def readers(self) -> tuple[Reader, ...]:
+        """Those of the inner filler."""
+        return self._inner.readers()
+
+    def close(self) -> None:
+        """End the threads and the inner filler."""
+        self._inner.close()
+        self._workers.close()
+
+    def _pass_on(self, job: Job, unit: str, slot: torch.Tensor, priority: int) -> None:
+        """One unit, by the thread whose buffer it goes through."""
+        buffer = self._buffer()
+        if buffer.taken is not None:
+            buffer.taken.wait()
+        filling = self._inner.fill(unit, buffer.memory, priority=priority)
+        job.on_cancel = filling.cancel
+        if job.is_cancelled:
+            filling.cancel()
+        filling.wait()
+        if job.is_cancelled:
+            return
+        inner, layout = self._inner.layout(unit), self._layouts[unit]
+        tensors = {place.fqn: view for place, view in zip(inner.places, inner.views(buffer.memory), strict=True)}
+        home = Home(tensors=tensors, whole=buffer.memory, places=inner.places)
+        late = self._destination.is_late
+        buffer.taken = self._destination.send(slot, lambda: move(home, layout, slot, late=late))
+
+    def _buffer(self) -> _Buffer:
+        """This thread's own."""
+        if not hasattr(self._own, "buffer"):
+            memory = torch.from_numpy(self._destination.link.locked(self._nbytes))
+            self._own.buffer = _Buffer(memory=memory)
+        buffer: _Buffer = self._own.buffer
+        return buffer

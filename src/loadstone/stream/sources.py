@@ -1,0 +1,276 @@
+"""Where the units of a model come from: their files, or memory; and the chain of fillers that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from loadstone.architecture.keymap import Target
+from loadstone.checkpoint.values import Checkpoint
+from loadstone.dtypes import DTYPES
+from loadstone.events import Observer, ignore
+from loadstone.stream.combined import Combined
+from loadstone.stream.destination import Destination
+from loadstone.stream.filler import Filler, Layout, laid_out
+from loadstone.stream.from_files import FromFiles
+from loadstone.stream.from_memory import FromMemory, Home, packed
+from loadstone.stream.materialize import as_tensor
+from loadstone.stream.onward import Onward
+from loadstone.stream.rearrange import is_rearranged
+from loadstone.stream.refill import Place, Refill, Tensors, Wanted
+from loadstone.stream.rows import Rows, Table, WholeTable, has_rows
+from loadstone.stream.transfer import NoLink
+
+Groups = Mapping[str, Sequence[str]]
+Rounding = Callable[[str], str | None]
+
+
+class Keep(Enum):
+    """Where the master copy of a unit is kept while the model is in use."""
+
+    DISK = "in its files"
+    HOST = "in host memory"
+    NEAR = "beside where it is computed, in the dtype that travels"
+
+
+class Source(Protocol):
+    """Where units come from."""
+
+    def filler(self, groups: Groups) -> Filler:
+        """What fills slots with these units, each the names of its parameters; called once."""
+
+    @property
+    def refill(self) -> Refill | None:
+        """What reads the files, once `filler` was called; None where there are none."""
+
+    def has_rows(self, fqn: str) -> bool:
+        """Whether rows of a table can be had one by one."""
+
+    def rows(self, fqn: str) -> tuple[Table, torch.Tensor]:
+        """What brings them in, and the table on the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How units travel.
+
+    Attributes:
+        destination: where the slots are.
+        keep: where a parameter is kept, by fqn; those of a unit are kept together.
+        rounding: the dtype that a parameter is rounded to on its way, by fqn; None for none.
+    """
+
+    destination: Destination
+    keep: Callable[[str], Keep] = lambda _: Keep.DISK
+    rounding: Rounding = lambda _: None
+
+
+def host_way() -> Way:
+    """From the files to where the host computes."""
+    return Way(destination=Destination(torch.device("cpu"), NoLink()))
+
+
+class FileSource:
+    """Files that hold the parameters.
+
+    Args:
+        wanted: what fills each parameter, by fqn.
+        checkpoint: where it comes from.
+        way: how it travels.
+        observer: is told of bytes.
+    """
+
+    def __init__(
+        self, wanted: Mapping[str, Wanted], checkpoint: Checkpoint, way: Way, observer: Observer = ignore
+    ) -> None:
+        self._wanted = wanted
+        self._checkpoint = checkpoint
+        self._way = way
+        self._observer = observer
+        self._refill: Refill | None = None
+
+    def filler(self, groups: Groups) -> Filler:
+        """The shortest chain that ends in the destination."""
+        way, rounds = self._way, any(map(self._way.rounding, self._wanted))
+        nearby = way.destination.device.type == "cpu" and not way.destination.is_late
+        stored = {fqn: self._on_the_way(wanted, stays=nearby and not rounds) for fqn, wanted in self._wanted.items()}
+        self._refill = Refill(
+            {name: [stored[fqn] for fqn in fqns] for name, fqns in groups.items()}, self._checkpoint, self._observer
+        )
+        files = FromFiles(self._refill)
+        if nearby and not rounds and all(way.keep(fqn) is Keep.DISK for fqn in self._wanted):
+            return files
+        return self._chain(files, groups)
+
+    def _chain(self, files: FromFiles, groups: Groups) -> Combined:
+        way = self._way
+        targets = {fqn: wanted.target for fqn, wanted in self._wanted.items()}
+        orders = {name: [place.fqn for place in files.layout(name).places] for name in groups}
+        rounded = {name: _rounded(files.layout(name), way.rounding) for name in groups}
+        slots = {name: _arriving(rounded[name], [targets[fqn] for fqn in orders[name]]) for name in groups}
+        inner: Filler = files
+        if any(rounded[name] is not files.layout(name) for name in groups):
+            inner = Onward(files, rounded, Destination(torch.device("cpu"), NoLink()))
+        kept = {name: keep for name in groups if (keep := way.keep(orders[name][0])) is not Keep.DISK}
+        read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
+        homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
+        way.destination.link.fork()  # homes on the device are made before anything is sent from there
+        onward = Onward(inner, {name: slots[name] for name in groups if name not in homes}, way.destination)
+        memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
+        fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in groups}
+        return Combined(fillers, way.destination, onward)
+
+    @property
+    def refill(self) -> Refill | None:
+        """What reads the files, once `filler` was called."""
+        return self._refill
+
+    def has_rows(self, fqn: str) -> bool:
+        """Whether rows can be read one by one."""
+        return has_rows(self._wanted[fqn], self._checkpoint.tensors)
+
+    def rows(self, fqn: str) -> tuple[Table, torch.Tensor]:
+        """Rows that are read when they are looked up."""
+        if self._refill is None:
+            raise RuntimeError("rows are read by what fills the slots, which was not made yet")
+        wanted = self._wanted[fqn]
+        if (
+            self._way.keep(fqn) is Keep.HOST
+            and _plainly_stored(wanted, self._checkpoint.tensors) == wanted.target.dtype
+        ):
+            return WholeTable(), self._whole(wanted)
+        rows = Rows(wanted, self._checkpoint.tensors[wanted.assignment.parts[0].source], self._refill)
+        return rows, as_tensor(rows.data, rows.target.dtype, rows.target.shape)
+
+    def _whole(self, wanted: Wanted) -> torch.Tensor:
+        """A table that is read once."""
+        files = FromFiles(Refill({wanted.fqn: [wanted]}, self._checkpoint, self._observer))
+        layout = files.layout(wanted.fqn)
+        memory = files.slot(layout.nbytes)
+        try:
+            files.fill(wanted.fqn, memory).wait()
+            files.check(wanted.fqn)
+        finally:
+            files.close()
+        return layout.views(memory)[0]
+
+    def _on_the_way(self, wanted: Wanted, *, stays: bool) -> Wanted:
+        """The same in the dtype in which it travels: as stored, where that is narrower and the device can cast it."""
+        stored = _plainly_stored(wanted, self._checkpoint.tensors)
+        rounds = self._way.rounding(wanted.fqn) is not None
+        if stays or stored is None:
+            return wanted
+        if not rounds and DTYPES[stored].bits > DTYPES[wanted.target.dtype].bits:
+            return wanted
+        return replace(wanted, target=replace(wanted.target, dtype=stored))
+
+
+def _plainly_stored(wanted: Wanted, tensors: Tensors) -> str | None:
+    """The dtype in which a parameter lies in its files as it lies in memory; None where there is no one such."""
+    infos = [tensors[part.source] for part in wanted.assignment.parts]
+    dtypes = {info.dtype for info in infos}
+    plain = all(
+        info.encoding is None and info.strides is None and not is_rearranged(part, info)
+        for part, info in zip(wanted.assignment.parts, infos, strict=True)
+    )
+    dtype = dtypes.pop()
+    castable = DTYPES[dtype].floating and DTYPES[dtype].bits >= 8 and DTYPES[wanted.target.dtype].floating
+    return dtype if plain and castable and not dtypes else None
+
+
+def _rounded(layout: Layout, rounding: Rounding) -> Layout:
+    """The same in the dtypes that were asked for; the very same where nothing is rounded."""
+    targets = {place.fqn: replace(place.target, dtype=_dtype(place, rounding)) for place in layout.places}
+    return layout if all(targets[place.fqn] == place.target for place in layout.places) else laid_out(targets)
+
+
+def _dtype(place: Place, rounding: Rounding) -> str:
+    return rounding(place.fqn) or place.target.dtype
+
+
+def _arriving(layout: Layout, targets: Sequence[Target]) -> Layout:
+    """How a unit lies in its slot: as on the way, where nothing is cast, so that it is sent in one piece."""
+    if [place.target for place in layout.places] == list(targets):
+        return Layout(places=layout.places, nbytes=layout.end)
+    return laid_out({place.fqn: target for place, target in zip(layout.places, targets, strict=True)})
+
+
+def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination, read: torch.Tensor) -> Home:
+    """Read a unit once, to where it is kept: at once, or through memory of the host that is used for all."""
+    layout = inner.layout(unit)
+    if keep is Keep.HOST:
+        memory = torch.from_numpy(destination.link.locked(layout.nbytes))
+        inner.fill(unit, memory).wait()
+        inner.check(unit)
+        views = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
+        return Home(tensors=views, whole=memory, places=layout.places)
+    inner.fill(unit, read).wait()
+    inner.check(unit)
+    tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(read), strict=True)}
+    return packed(tensors, layout, destination.slot(layout.nbytes))
+
+
+@dataclass(slots=True)
+class MemorySource:
+    """Parameters that are in memory already, which stay the master copy.
+
+    Attributes:
+        tensors: by fqn.
+        targets: what each must be where it is computed, by fqn.
+        way: how they travel; a unit that is kept on the disk is none of this source.
+        moved: is told of each parameter that was moved to memory of another kind or dtype, with its new tensor.
+        homes: where each unit was put.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    targets: Mapping[str, Target]
+    way: Way
+    moved: Callable[[str, torch.Tensor], None]
+    homes: dict[str, Home] = field(default_factory=dict)
+
+    def filler(self, groups: Groups) -> Filler:
+        """Put each unit where it is kept, and fill slots from there."""
+        destination = self.way.destination
+        layouts = {}
+        for name, fqns in groups.items():
+            kept = laid_out({fqn: self._kept(fqn) for fqn in fqns})
+            layouts[name] = _arriving(kept, [self.targets[fqn] for fqn in fqns])
+            self.homes[name] = self._home(kept)
+        destination.link.fork()  # homes on the device are made before anything is sent from there
+        return Combined(dict.fromkeys(groups, FromMemory(self.homes, layouts, destination)), destination)
+
+    @property
+    def refill(self) -> None:
+        """No file is read."""
+
+    def has_rows(self, fqn: str) -> bool:
+        """Every table that is computed with as it is kept has rows."""
+        tensor = self.tensors[fqn]
+        return tensor.dim() == 2 and f"torch.{self.targets[fqn].dtype}" == str(tensor.dtype)
+
+    def rows(self, fqn: str) -> tuple[Table, torch.Tensor]:
+        """The table itself, from which the host takes rows."""
+        return WholeTable(), self.tensors[fqn].detach()
+
+    def _kept(self, fqn: str) -> Target:
+        stored = str(self.tensors[fqn].dtype).removeprefix("torch.")
+        return replace(self.targets[fqn], dtype=self.way.rounding(fqn) or stored)
+
+    def _home(self, layout: Layout) -> Home:
+        near, destination = self.way.keep(layout.places[0].fqn) is Keep.NEAR, self.way.destination
+        tensors = {place.fqn: self.tensors[place.fqn].detach() for place in layout.places}
+        as_it_is = all(
+            str(tensors[place.fqn].dtype) == f"torch.{place.target.dtype}" and tensors[place.fqn].is_contiguous()
+            for place in layout.places
+        )
+        if as_it_is and not near and not destination.is_late and destination.device.type == "cpu":
+            return Home(tensors=tensors)
+        locked = None if near else destination.link.locked(layout.nbytes)
+        home = packed(tensors, layout, destination.slot(layout.nbytes) if locked is None else torch.from_numpy(locked))
+        for fqn, tensor in home.tensors.items():
+            self.moved(fqn, tensor)
+        return home

@@ -1,0 +1,123 @@
+"""What is read in one call: ranges of files and where they go, cut into chunks and joined with their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loadstone.stream.convert import copy
+from loadstone.stream.memory import Bytes
+from loadstone.stream.source import ALIGNMENT
+
+# Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
+CHUNK_BYTES = 1 << 20
+# What is only moved does not pass through the caches.
+_COPY_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fill:
+    """One range of a file and where its elements go.
+
+    Attributes:
+        file: the file.
+        offset: of the first byte.
+        source_bits: the width of a stored element, or of a block.
+        destination_bits: what such an element or block becomes.
+        nbytes: how many bytes are read.
+        destination: where they go: contiguous bytes, `nbytes * destination_bits / source_bits` of them, as an array, or
+            as whatever else can be sliced and `kernel` understands (a tensor on a device).
+        kernel: what is done on the way; called with the bytes read and the destination.
+        fresh: the destination is host memory that was never touched.
+        chunk_bytes: the most that is read at once and handed to `kernel`; staging must have room for it.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    destination: Any
+    kernel: Callable[[Bytes, Any], None] = copy
+    source_bits: int = 8
+    destination_bits: int = 8
+    fresh: bool = True
+    chunk_bytes: int = CHUNK_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Neighbouring fills of one file that are read in one call."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    fills: tuple[Fill, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Fills that are read again and again: cut and joined once, from files that stay open.
+
+    Attributes:
+        spans: what is read in one call each.
+        total_bytes: of all of them.
+    """
+
+    spans: tuple[Span, ...]
+    total_bytes: int
+
+
+def prepare(fills: Sequence[Fill]) -> Prepared:
+    """Do once what `Reader.submit` would do each time."""
+    return Prepared(spans=tuple(spans_of(fills)), total_bytes=sum(fill.nbytes for fill in fills))
+
+
+def spans_of(fills: Iterable[Fill]) -> Iterator[Span]:
+    """Cut large fills into chunks and join neighbouring small ones, in file order."""
+    pending: list[Fill] = []
+    for piece in _pieces(sorted(fills, key=lambda fill: (str(fill.file), fill.offset))):
+        if pending and not _joins(pending, piece):
+            yield _span(pending)
+            pending = []
+        pending.append(piece)
+    if pending:
+        yield _span(pending)
+
+
+def _joins(pending: Sequence[Fill], piece: Fill) -> bool:
+    last = pending[-1]
+    adjacent = last.file == piece.file and last.offset + last.nbytes == piece.offset
+    return adjacent and piece.offset + piece.nbytes - pending[0].offset <= pending[0].chunk_bytes
+
+
+def _span(fills: Sequence[Fill]) -> Span:
+    first, last = fills[0], fills[-1]
+    return Span(
+        file=first.file, offset=first.offset, nbytes=last.offset + last.nbytes - first.offset, fills=tuple(fills)
+    )
+
+
+def _pieces(fills: Iterable[Fill]) -> Iterator[Fill]:
+    for fill in fills:
+        begin = 0
+        while begin < fill.nbytes:
+            end = _cut(fill, begin)
+            if end - begin == fill.nbytes:
+                yield fill
+            else:
+                to, until = (at * fill.destination_bits // fill.source_bits for at in (begin, end))
+                yield replace(
+                    fill, offset=fill.offset + begin, nbytes=end - begin, destination=fill.destination[to:until]
+                )
+            begin = end
+
+
+def _cut(fill: Fill, begin: int) -> int:
+    """Where the piece that starts at `begin` ends: at an element, or at a block of the disk if bytes only move."""
+    if fill.kernel is copy:
+        end = (fill.offset + begin + _COPY_CHUNK_BYTES) // ALIGNMENT * ALIGNMENT - fill.offset
+    else:
+        unit = max(1, fill.source_bits // 8)
+        end = begin + fill.chunk_bytes // unit * unit
+    return min(end, fill.nbytes)
