@@ -125,7 +125,7 @@ def test_few_tokens_are_computed_where_the_weights_lie_and_many_on_the_gpu() -> 
 
 def test_a_gpu_is_served_from_the_disk_where_the_host_has_no_room() -> None:
     gpu = 600_000_000 + 96_000_000 + 50_000_000
-    plan = make_plan(MODEL, machine(100_000_000, gpu), Asked(run=Run(context=1000, prompt_tokens=1000)))
+    plan = make_plan(MODEL, machine(50_000_000, gpu), Asked(run=Run(context=1000, prompt_tokens=1000)))
     assert {one.home for one in plan.placements if one.is_streamed} >= {DISK}
     assert all(one.compute == "cuda:0" for one in plan.placements)
     # On their way two blocks are in host memory, each of their eight tensors as far into a page as in its file.

@@ -57,7 +57,7 @@ def placed_units(checkpoint: Checkpoint, plan: Plan) -> dict[str, Unit]:
 @pytest.mark.parametrize("seed", range(4))
 def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None:
     num_streaming = num_split = 0
-    for _, checkpoint, on, asked in cases(seed, 240):
+    for _, checkpoint, on, asked in cases(seed, 300):
         plan = planned(checkpoint, on, asked)
         if plan is None:
             continue
