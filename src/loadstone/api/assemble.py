@@ -20,6 +20,7 @@ from loadstone.architecture.skeleton import Slot, slots_of
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
+from loadstone.execute.adopt import Origin, adopting, homes_of
 from loadstone.execute.attach import Streamed, attach, by_modules, choose_streamed
 from loadstone.execute.residency import Residency
 from loadstone.hardware.measured import known_rates
@@ -65,11 +66,13 @@ class Assembled:
         model: the module.
         finish_report: makes the report once peak memory and time are known.
         residency: what keeps the model running, where parts of it are streamed.
+        origin: where its parameters came from.
     """
 
     model: nn.Module
     finish_report: FinishReport
     residency: Residency | None
+    origin: Origin
 
 
 def assemble(begun: Begun) -> Assembled:
@@ -116,9 +119,12 @@ def assemble(begun: Begun) -> Assembled:
         told.text = blueprint.finish(module, missing, torch.device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
-    residency = _attached(begun, module, streamed, checkpoint)
+    assignments = {assignment.target: assignment for assignment in resident.assignments}
+    homes = homes_of(module, {fqn: tensor for fqn, tensor in made.tensors.items() if fqn in assignments})
+    origin = Origin(checkpoint=checkpoint, assignments=assignments, targets=mapped.targets, homes=homes)
+    residency = _attached(begun, module, streamed, origin)
     finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
-    return Assembled(model=module, finish_report=finish_report, residency=residency)
+    return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
@@ -135,13 +141,15 @@ def _without(keymap: KeyMap, streamed: Streamed) -> KeyMap:
     return replace(keymap, assignments=tuple(kept))
 
 
-def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: Checkpoint) -> Residency | None:
+def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origin) -> Residency | None:
     """The residency of a model that is streamed, told as a stage."""
     streaming = begun.streaming
     if streaming is None or not streamed.wanted:
         return None
     with begun.recorder.stage("streaming") as told:
-        residency = attach(module, streamed, checkpoint, streaming.num_slots, begun.recorder.observer)
+        adopt, observer = adopting(module, origin), begun.recorder.observer
+        residency = attach(module, streamed, origin.checkpoint, streaming.num_slots, observer, adopt)
+        residency.start(begun.plan.devices[-1].reservation.total_bytes if begun.plan is not None else 0)
         stats = residency.stats()
         told.text = (
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "

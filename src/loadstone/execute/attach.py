@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -15,12 +15,16 @@ from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.events import Observer
+from loadstone.execute.hooks import Hooks
+from loadstone.execute.kept import Member, Table, Unit
 from loadstone.execute.placeholder import StreamedParameter
-from loadstone.execute.residency import Member, Residency
+from loadstone.execute.residency import Adopt, Residency
 from loadstone.execute.values import Streaming
-from loadstone.stream.materialize import as_tensor, torch_dtype
+from loadstone.stream.materialize import torch_dtype
 from loadstone.stream.refill import Refill, Wanted, can_refill
-from loadstone.stream.rows import Rows, has_rows
+from loadstone.stream.rows import has_rows
+
+FqnOf = Callable[[nn.Parameter], str | None]
 
 
 @dataclass(slots=True)
@@ -135,18 +139,25 @@ class _Group:
     """Parameters that come together: one unit's, as far as the same modules need them.
 
     Attributes:
-        entries: the paths of the modules whose forward needs them.
+        entries: the paths of the modules whose forward needs them; none for what is only looked up by rows.
+        order: the number of the module that needs them first.
         fqns: their names.
     """
 
     entries: tuple[str, ...]
+    order: int
     fqns: list[str] = field(default_factory=list)
 
 
 def attach(
-    module: nn.Module, streamed: Streamed, checkpoint: Checkpoint, num_slots: int, observer: Observer
+    module: nn.Module,
+    streamed: Streamed,
+    checkpoint: Checkpoint,
+    num_slots: int,
+    observer: Observer,
+    adopt: Adopt | None = None,
 ) -> Residency:
-    """Make a module that is complete but for its streamed parameters usable.
+    """Make a module that is complete but for its streamed parameters usable; `start` what comes back.
 
     Args:
         module: the module, with stand-ins and ties in place.
@@ -154,54 +165,91 @@ def attach(
         checkpoint: where it comes from.
         num_slots: how many units are in memory at a time; more where units lie within one another.
         observer: is told of bytes.
+        adopt: finds what was loaded to stay, once it is to go.
 
     Returns:
         What keeps the module running; it ends when the module does.
     """
-    places = _places(module, streamed)
-    by_rows = {
-        fqn
-        for fqn, found in places.items()
-        if any(_looks_up(place) for place in found) and has_rows(streamed.wanted[fqn], checkpoint.tensors)
-    }
-    groups = _groups(module, streamed, places, by_rows)
-    wanted = {name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()}
-    refill = Refill(wanted, checkpoint, observer)
-    members = {fqn: _member(fqn, streamed.units[fqn], found) for fqn, found in places.items()}
-    units = {name: [members[place.fqn] for place in refill.recipes[name].places] for name in groups}
-    residency = Residency(units, refill, max(num_slots, _deepest(groups)))
-    group_of = {fqn: name for name, group in groups.items() for fqn in group.fqns}
-    for fqn, member in members.items():
-        member.placeholder.holder = member.owners[0]
-        if fqn in group_of:
-            member.placeholder.group, member.placeholder.lender = group_of[fqn], residency
-        if fqn in by_rows:
-            rows = Rows(streamed.wanted[fqn], checkpoint.tensors[_source(streamed, fqn)], refill)
-            table = as_tensor(rows.data, rows.target.dtype, rows.target.shape)
-            member.placeholder.lookup = partial(residency.look_up, rows, table, fqn)
-        for owner, name in member.owners:
-            owner[name] = member.placeholder
-    _hook(module, groups, residency)
+    refill = Refill({}, checkpoint, observer)
+    residency = Residency(refill, num_slots, Hooks(module), adopt)
+    by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
+    units = make_units(module, streamed, lambda stand_in: by_address.get(stand_in.data_ptr()), residency)
+    for unit in units:
+        unit.put_placeholders()
+    residency.take_on(units)
     weakref.finalize(module, residency.close)
     return residency
 
 
-def _source(streamed: Streamed, fqn: str) -> str:
-    return streamed.wanted[fqn].assignment.parts[0].source
+def make_units(
+    module: nn.Module,
+    streamed: Streamed,
+    fqn_of: FqnOf,
+    residency: Residency,
+    taken: Collection[str] = (),
+) -> list[Unit]:
+    """What comes and goes together.
+
+    Args:
+        module: the module.
+        streamed: what is, or may be, streamed.
+        fqn_of: tells the name of what may be streamed, and None for the rest.
+        residency: lends their elements.
+        taken: names that units have already.
+
+    Returns:
+        The units, which `residency.refill` knows; the module is as it was.
+    """
+    refill = residency.refill
+    places = _places(module, fqn_of)
+    by_rows = {
+        fqn
+        for fqn, found in places.items()
+        if any(_looks_up(place) for place in found) and has_rows(streamed.wanted[fqn], refill.tensors)
+    }
+    groups = _groups(module, streamed, places, by_rows, taken)
+    refill.add({name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()})
+    return [_unit(name, group, streamed, places, residency, by_rows) for name, group in groups.items()]
 
 
-def _places(module: nn.Module, streamed: Streamed) -> dict[str, list[_Place]]:
-    """Where each streamed parameter stands, ties included; those that a tie has replaced stand nowhere."""
+def _unit(
+    name: str,
+    group: _Group,
+    streamed: Streamed,
+    places: Mapping[str, Sequence[_Place]],
+    residency: Residency,
+    by_rows: Collection[str],
+) -> Unit:
+    refill = residency.refill
+    fqns = [place.fqn for place in refill.recipes[name].places]
+    unit = Unit(
+        name=name,
+        members=tuple(_member(streamed, fqn, places[fqn]) for fqn in fqns),
+        entries=group.entries,
+        order=group.order,
+        tables={fqn: Table(streamed.wanted[fqn], refill) for fqn in fqns if fqn in by_rows},
+    )
+    for member in unit.members:
+        placeholder, fqn = member.placeholder, member.wanted.fqn
+        placeholder.holder, placeholder.group, placeholder.lender = member.owners[0], name, residency
+        if fqn in by_rows:
+            placeholder.lookup = partial(residency.look_up, name, fqn)
+    return unit
+
+
+def _places(module: nn.Module, fqn_of: FqnOf) -> dict[str, list[_Place]]:
+    """Where each parameter stands, ties included; those that a tie has replaced stand nowhere."""
     paths: dict[int, list[str]] = {}
     owners: dict[int, nn.Module] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         paths.setdefault(id(owner), []).append(path)
         owners[id(owner)] = owner
-    by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
     places: dict[str, list[_Place]] = {}
     for ident, owner in owners.items():
         for name, parameter in owner._parameters.items():
-            fqn = None if parameter is None else by_address.get(parameter.data_ptr())
+            if parameter is None or isinstance(parameter, StreamedParameter):
+                continue
+            fqn = fqn_of(parameter)
             if fqn is not None:
                 places.setdefault(fqn, []).append(_Place(owner, name, tuple(paths[ident])))
     return places
@@ -212,20 +260,24 @@ def _looks_up(place: _Place) -> bool:
 
 
 def _groups(
-    module: nn.Module, streamed: Streamed, places: Mapping[str, Sequence[_Place]], by_rows: Collection[str]
+    module: nn.Module,
+    streamed: Streamed,
+    places: Mapping[str, Sequence[_Place]],
+    by_rows: Collection[str],
+    taken: Collection[str],
 ) -> dict[str, _Group]:
     """What comes together, by name, in the order in which the modules that need it are defined."""
+    number = {path: number for number, (path, _) in enumerate(module.named_modules(remove_duplicate=False))}
     groups: dict[tuple[str, tuple[str, ...]], _Group] = {}
     for fqn, found in places.items():
         unit = streamed.units[fqn]
         whole = [place for place in found if not (fqn in by_rows and _looks_up(place))]
         entries = tuple(dict.fromkeys(_entry(place, unit) for place in whole))
-        if entries:
-            groups.setdefault((unit, entries), _Group(entries)).fqns.append(fqn)
-    number = {path: number for number, (path, _) in enumerate(module.named_modules(remove_duplicate=False))}
+        order = number[entries[0] if entries else found[0].paths[0]]
+        groups.setdefault((unit, entries), _Group(entries, order)).fqns.append(fqn)
     named: dict[str, _Group] = {}
-    for (unit, _), group in sorted(groups.items(), key=lambda item: number[item[1].entries[0]]):
-        named[unit if unit not in named else group.fqns[0]] = group
+    for (unit, _), group in sorted(groups.items(), key=lambda item: item[1].order):
+        named[unit if unit not in named and unit not in taken else group.fqns[0]] = group
     return named
 
 
@@ -235,27 +287,12 @@ def _entry(place: _Place, unit: str) -> str:
     return unit if inside else place.paths[0]
 
 
-def _deepest(groups: Mapping[str, _Group]) -> int:
-    """How many groups can be needed at once, because their modules lie within one another."""
-    entries = [entry for group in groups.values() for entry in group.entries]
-    return max((sum(f"{inner}.".startswith(f"{outer}.") for outer in entries) for inner in entries), default=0)
-
-
-def _member(fqn: str, unit: str, places: Sequence[_Place]) -> Member:
+def _member(streamed: Streamed, fqn: str, places: Sequence[_Place]) -> Member:
     like = places[0].owner._parameters[places[0].name]
     if like is None:
         raise KeyError(fqn)
     return Member(
-        placeholder=StreamedParameter(like, fqn=fqn, unit=unit),
+        placeholder=StreamedParameter(like, fqn=fqn, unit=streamed.units[fqn]),
         owners=tuple((place.owner._parameters, place.name) for place in places),
+        wanted=streamed.wanted[fqn],
     )
-
-
-def _hook(module: nn.Module, groups: Mapping[str, _Group], residency: Residency) -> None:
-    for name, group in groups.items():
-        for entry in group.entries:
-            found = module.get_submodule(entry)
-            found.register_forward_pre_hook(partial(residency.enter, name), prepend=True)
-            found.register_forward_hook(partial(residency.leave, name), always_call=True)
-    module.register_forward_pre_hook(residency.begin_pass, prepend=True)
-    module.register_forward_hook(residency.end_pass, always_call=True)

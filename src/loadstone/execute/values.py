@@ -88,6 +88,7 @@ class StreamStats:
         num_slots: how many of them are in memory at a time.
         slot_bytes: the memory of all slots.
         pass_bytes: what one use of every unit reads.
+        given_back_bytes: of units that left memory because it was short, each time they did.
     """
 
     passes: int
@@ -100,3 +101,4 @@ class StreamStats:
     num_slots: int
     slot_bytes: int
     pass_bytes: int
+    given_back_bytes: int = 0

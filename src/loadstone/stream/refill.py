@@ -7,7 +7,7 @@ lies in the file's blocks, so that the disk writes it where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -212,6 +212,7 @@ class Refill:
         observer: is told of bytes.
 
     Attributes:
+        tensors: of the checkpoint, by name.
         recipes: how each unit fills a slot.
         reader: the threads that read.
         files: the files, which stay open.
@@ -220,17 +221,29 @@ class Refill:
     def __init__(
         self, units: Mapping[str, Sequence[Wanted]], checkpoint: Checkpoint, observer: Observer = ignore
     ) -> None:
-        self._tensors = checkpoint.tensors
+        self.tensors = checkpoint.tensors
         self._versions = {file.path: file for file in checkpoint.files}
         self._files_of = {name: self.versions(wanted) for name, wanted in units.items()}
         self._prepared: dict[tuple[str, int], tuple[Prepared, list[Rearranged]]] = {}
         self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
         self.reader = Reader(observer=observer, stage="stream")
         self.files = OpenFiles(streaming_manners(self._versions))
+        self._observer = observer
 
-    def slot_sizes(self, count: int) -> list[int]:
-        """How large each of `count` slots must be, so that any `count` different units find room at once."""
-        return sorted((recipe.nbytes for recipe in self.recipes.values()), reverse=True)[:count]
+    def add(self, units: Mapping[str, Sequence[Wanted]]) -> None:
+        """Know more units; see the class."""
+        self._files_of |= {name: self.versions(wanted) for name, wanted in units.items()}
+        self.recipes |= {name: recipe_for(wanted, self.tensors) for name, wanted in units.items()}
+
+    def slot_sizes(self, count: int, units: Collection[str] | None = None) -> list[int]:
+        """How large each of `count` slots must be, so that any `count` different units find room at once.
+
+        Args:
+            count: of slots.
+            units: the names of those that need room; None for all.
+        """
+        names = self.recipes if units is None else units
+        return sorted((self.recipes[name].nbytes for name in names), reverse=True)[:count]
 
     def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
         """Begin to read a unit into a slot, which nobody must use meanwhile.
@@ -251,6 +264,17 @@ class Refill:
             kernel.restart()
         return self.reader.repeat(prepared, self.files, priority=priority)
 
+    def forget(self, slot: Bytes) -> None:
+        """Hold on to a slot no longer: it goes, or is not filled again."""
+        for key in [key for key in self._prepared if key[1] == slot.ctypes.data]:
+            del self._prepared[key]
+
+    def rest(self) -> None:
+        """End the threads and close the files until something is read again."""
+        self.close()
+        self.reader = Reader(observer=self._observer, stage="stream")
+        self.files = OpenFiles(self.files.manners)
+
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read.
 
@@ -260,9 +284,13 @@ class Refill:
         """
         check_unchanged(self._files_of[unit])
 
+    def info(self, wanted: Wanted) -> TensorInfo:
+        """The tensor that fills a parameter, or the first of those that do."""
+        return self.tensors[wanted.assignment.parts[0].source]
+
     def versions(self, wanted: Iterable[Wanted]) -> tuple[CheckpointFile, ...]:
         """The files that parameters lie in, as they were when their headers were read."""
-        paths = {self._tensors[part.source].file: None for one in wanted for part in one.assignment.parts}
+        paths = {self.tensors[part.source].file: None for one in wanted for part in one.assignment.parts}
         return tuple(self._versions[path] for path in paths)
 
     def close(self) -> None:

@@ -1,0 +1,193 @@
+"""The ring of a streamed model: memory that was allocated once, and which unit is in which part of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadstone.errors import StreamedModel
+from loadstone.execute.prefetch import Order
+from loadstone.stream.memory import Bytes, anonymous
+from loadstone.stream.read import Batch
+from loadstone.stream.refill import Refill
+
+
+class State(Enum):
+    """What is in a slot."""
+
+    EMPTY = "nothing"
+    COMING = "a unit that is being read"
+    READY = "a unit that waits to be used"
+    USED = "a unit that computes"
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Memory for one unit at a time.
+
+    Attributes:
+        data: the memory.
+        state: what is in it.
+        unit: which one; "" for none.
+        batch: what is being read.
+        depth: how many forwards that use it are under way, one within the other.
+        parameters: the parameters of each unit as views of this slot, made when they are first needed.
+    """
+
+    data: Bytes
+    state: State = State.EMPTY
+    unit: str = ""
+    batch: Batch | None = None
+    depth: int = 0
+    parameters: dict[str, list[nn.Parameter]] = field(default_factory=dict)
+
+
+class Ring:
+    """The slots of one model, and what is in them; whoever uses it has the model's turn.
+
+    Args:
+        refill: reads units into them.
+
+    Attributes:
+        slots: the memory.
+        where: the slot of each unit that is in one.
+        units: what comes and goes, in the order in which it is likely used.
+        uses: how often a unit was computed with.
+        hits: uses whose unit was in memory already.
+        unforeseen: uses whose unit was not even on its way.
+        streamed_bytes: read for them.
+        stall_s: how long was waited.
+    """
+
+    def __init__(self, refill: Refill) -> None:
+        self.slots: list[Slot] = []
+        self.where: dict[str, Slot] = {}
+        self.units: tuple[str, ...] = ()
+        self.uses = self.hits = self.unforeseen = self.streamed_bytes = 0
+        self.stall_s = 0.0
+        self._refill = refill
+        self._order = Order(())
+
+    def stream(self, units: Sequence[str], num_slots: int) -> None:
+        """Have slots for these units, and read ahead; none of them may be in use.
+
+        Args:
+            units: in the order in which they are likely used.
+            num_slots: how many are in memory at a time.
+        """
+        sizes = self._refill.slot_sizes(num_slots, units)
+        if tuple(units) != self.units:
+            self.units, self._order = tuple(units), Order(tuple(units))
+        for unit in self.where.keys() - set(units):
+            self._empty(self.where[unit])
+        kept: list[Slot] = []
+        missing: list[int] = []
+        for size in sizes:
+            fitting = next((slot for slot in self.slots if slot.data.size == size and slot not in kept), None)
+            if fitting is None:
+                missing.append(size)
+            else:
+                kept.append(fitting)
+        for slot in self.slots:
+            if slot not in kept:
+                self._empty(slot)
+                self._refill.forget(slot.data)
+        self.slots = kept  # what is too small or too large goes before its successor is allocated
+        self.slots += [Slot(data=anonymous(size)) for size in missing]
+        self.read_ahead()
+
+    def is_used(self) -> bool:
+        """Whether a unit computes out of a slot."""
+        return any(slot.state is State.USED for slot in self.slots)
+
+    def arrive(self, unit: str) -> Slot:
+        """The slot of a unit that is used now, once all of it is there.
+
+        Raises:
+            LoadstoneError: it cannot be read, or its files are not those whose headers were read.
+        """
+        self.uses += 1
+        self._order.visit(unit)
+        slot = self.where.get(unit)
+        if slot is None:
+            self.unforeseen += 1
+            slot = self._spare(unit)
+            self._begin(unit, slot, priority=-1)
+        try:
+            if slot.state is State.COMING and slot.batch is not None:
+                self._wait(slot, slot.batch)
+            else:
+                self.hits += 1
+            self._refill.check(unit)
+        except BaseException:
+            self._empty(slot)
+            raise
+        return slot
+
+    def _wait(self, slot: Slot, batch: Batch) -> None:
+        begin = time.perf_counter()
+        self.hits += batch.is_over
+        batch.wait()
+        self.stall_s += time.perf_counter() - begin
+        self.streamed_bytes += batch.total_bytes
+        slot.state, slot.batch = State.READY, None
+
+    def read_ahead(self) -> None:
+        """Fill every slot that is not needed with what comes next, each unit into the smallest that it fits in."""
+        free = [slot for slot in self.slots if slot.state is not State.USED]
+        soon = self._order.coming(len(free))
+        spare = [slot for slot in free if slot.unit not in soon]
+        for unit in soon:
+            fitting = [slot for slot in spare if self._has_room(slot, unit)]
+            if unit not in self.where and fitting:
+                slot = min(fitting, key=lambda slot: slot.data.size)
+                spare.remove(slot)
+                self._begin(unit, slot, priority=0)
+
+    def _spare(self, unit: str) -> Slot:
+        """A slot for a unit that nobody foresaw: the one whose content is wanted last."""
+        soon = self._order.coming(len(self.slots))
+        free = [slot for slot in self.slots if slot.state is not State.USED and self._has_room(slot, unit)]
+        if not free:
+            raise StreamedModel(
+                f"{unit}: expected a free slot, found all {len(self.slots)} computing, one unit within the other; "
+                "use more slots."
+            )
+        return max(free, key=lambda slot: soon.index(slot.unit) if slot.unit in soon else len(soon))
+
+    def _has_room(self, slot: Slot, unit: str) -> bool:
+        return slot.data.size >= self._refill.recipes[unit].nbytes
+
+    def _begin(self, unit: str, slot: Slot, *, priority: int) -> None:
+        self._empty(slot)
+        slot.batch = self._refill.fill(unit, slot.data, priority=priority)
+        slot.state, slot.unit = State.COMING, unit
+        self.where[unit] = slot
+
+    def _empty(self, slot: Slot) -> None:
+        if slot.batch is not None:
+            slot.batch.cancel()
+        self.where.pop(slot.unit, None)
+        slot.state, slot.unit, slot.batch = State.EMPTY, "", None
+
+
+def kept_output(output: Any, slot: Bytes) -> Any:
+    """A unit's output with what lies in its slot copied out of it; None where nothing does."""
+    if isinstance(output, torch.Tensor):
+        begin = slot.ctypes.data
+        return output.clone() if begin <= output.untyped_storage().data_ptr() < begin + slot.size else None
+    if isinstance(output, list | tuple) and type(output) in (list, tuple):
+        kept = [kept_output(one, slot) for one in output]
+        if any(one is not None for one in kept):
+            return type(output)(old if new is None else new for old, new in zip(output, kept, strict=True))
+    if isinstance(output, dict):
+        changed = {key: new for key, value in output.items() if (new := kept_output(value, slot)) is not None}
+        for key, new in changed.items():
+            output[key] = new
+    return None
