@@ -12,7 +12,7 @@
 - `peaks`: the most anonymous memory that loading the file adds to a process, in float32 and bfloat16.
 
     python benchmarks/bench_gguf.py --repeats 3
-    python benchmarks/bench_gguf.py --part formats
+    python benchmarks/bench_gguf.py --part formats [--formats Q4_K,Q8_0]
 """
 
 from __future__ import annotations
@@ -319,6 +319,12 @@ def installed(peers: Sequence[str]) -> list[str]:
     return [peer for peer in peers if not missing[peer]]
 
 
+def saved_results() -> dict[str, Any]:
+    """What earlier runs have left."""
+    saved = harness.RESULTS / "gguf.json"
+    return json.loads(saved.read_text()) if saved.exists() else {}
+
+
 def run_load(arguments: argparse.Namespace) -> dict[str, Any]:
     """The part `load`."""
 
@@ -330,9 +336,10 @@ def run_load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_formats(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The part `formats`."""
-    names = formats_of_gguf_py()
-    runs = harness.in_turn(names, arguments.repeats, lambda name: harness.run_child(__file__, "--format", name))
+    """The part `formats`; of the formats that are not asked for, the saved runs are kept."""
+    asked = arguments.formats.split(",") if arguments.formats else formats_of_gguf_py()
+    fresh = harness.in_turn(asked, arguments.repeats, lambda name: harness.run_child(__file__, "--format", name))
+    runs = saved_results().get("formats", {}).get("runs", {}) | fresh
     return {"formats": {"goals": report_formats(runs), "runs": runs}}
 
 
@@ -359,6 +366,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--formats", help="only these, with commas between (all)")
     for child_of in ("--peer", "--format", "--peak"):
         parser.add_argument(child_of, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -380,8 +388,7 @@ def main() -> None:
         return
     if arguments.path is not None:
         harness.warm_caches([arguments.path])
-    saved = harness.RESULTS / "gguf.json"
-    content = json.loads(saved.read_text()) if saved.exists() else {}
+    content = saved_results()
     content.pop("machine", None)
     for part in parts:
         content |= RUN[part](arguments)

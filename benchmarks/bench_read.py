@@ -11,6 +11,7 @@ Two questions, each with a cold and a warm page cache, on a 3.1 GB checkpoint of
   for it before.
 
     python benchmarks/bench_read.py --repeats 5
+    python benchmarks/bench_read.py --question tensors --heat warm
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from loadstone.stream.read import Fill, Reader
 THREADS = (1, 2, 4, 8, 16)
 CHUNKS = (1 << 20, 4 << 20, 16 << 20)
 NUM_BEST = 3
+QUESTIONS, HEATS = ("tensors", "touched"), ("cold", "warm")
 PEERS = ("loadstone", "loadstone_reader", "safetensors", "runai_model_streamer", "fastsafetensors", "tensorizer")
 
 
@@ -258,12 +260,43 @@ def report(results: dict[str, Any]) -> list[str]:
     return goals
 
 
+def measure(files: list[Path], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is asked for; results of the rest are kept."""
+    peers = [peer for peer in arguments.peers.split(",") if importlib.util.find_spec(peer.split("_reader")[0])]
+    if "tensorizer" in peers:
+        write_tensorized(files)
+    saved = harness.RESULTS / "read.json"
+    content = json.loads(saved.read_text()) if saved.exists() else {}
+    results: dict[str, Any] = {question: content.get(question, {}) for question in QUESTIONS}
+    questions = arguments.question or QUESTIONS
+    common = ["--folder", str(arguments.folder), "--repeats", str(arguments.repeats)]
+    for heat in arguments.heat or (HEATS if harness.can_drop_caches() else ("warm",)):
+        flags = [*common, "--cold"] if heat == "cold" else common
+
+        def run(peer: str, heat: str = heat, flags: list[str] = flags) -> dict[str, Any]:
+            if heat == "cold":
+                harness.drop_caches()
+            else:
+                harness.warm_caches([_tensorized(path) for path in files] if peer == "tensorizer" else files)
+            return harness.run_child(__file__, "--child", peer, *flags)
+
+        if "tensors" in questions:
+            print(f"to tensors, {heat}", flush=True)
+            results["tensors"][heat] = harness.in_turn(peers, arguments.repeats, run)
+        if "touched" in questions:
+            print(f"into touched memory, {heat}", flush=True)
+            results["touched"][heat] = harness.run_child(__file__, "--child", "touched", *flags)
+    return results
+
+
 def main() -> None:
     """Run both questions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loadstone-bench" / "qwen2.5-1.5b")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--question", choices=QUESTIONS, action="append", help="what to measure (both)")
+    parser.add_argument("--heat", choices=HEATS, action="append", help="with which page cache (both)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -276,25 +309,7 @@ def main() -> None:
         return
     make_checkpoint.write("qwen2.5-1.5b", arguments.folder)
     files = sorted(arguments.folder.glob("*.safetensors"))
-    peers = [peer for peer in arguments.peers.split(",") if importlib.util.find_spec(peer.split("_reader")[0])]
-    if "tensorizer" in peers:
-        write_tensorized(files)
-    results: dict[str, Any] = {"touched": {}, "tensors": {}}
-    common = ["--folder", str(arguments.folder), "--repeats", str(arguments.repeats)]
-    for heat in ("cold", "warm") if harness.can_drop_caches() else ("warm",):
-        flags = [*common, "--cold"] if heat == "cold" else common
-
-        def run(peer: str, heat: str = heat, flags: list[str] = flags) -> dict[str, Any]:
-            if heat == "cold":
-                harness.drop_caches()
-            else:
-                harness.warm_caches([_tensorized(path) for path in files] if peer == "tensorizer" else files)
-            return harness.run_child(__file__, "--child", peer, *flags)
-
-        print(f"to tensors, {heat}", flush=True)
-        results["tensors"][heat] = harness.in_turn(peers, arguments.repeats, run)
-        print(f"into touched memory, {heat}", flush=True)
-        results["touched"][heat] = harness.run_child(__file__, "--child", "touched", *flags)
+    results = measure(files, arguments)
     goals = report(results)
     print(f"written to {harness.save('read', {'goals': goals, **results})}")
 

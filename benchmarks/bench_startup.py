@@ -2,7 +2,9 @@
 
 The checkpoints are sparse files: 70 billion parameters in 30 shards, and a 1.5 TB mixture of experts with more than
 60,000 tensors; they are planned for a machine with eight GPUs. Whole commands are timed, the start of Python included,
-in fresh processes.
+in fresh processes. Beside `plan` stands accelerate's `infer_auto_device_map` on the same models, built empty, with the
+same budgets: also a whole process, of which the imports are told apart. It places weights only; `plan` also bounds
+cache and activations and predicts times.
 
     python benchmarks/bench_startup.py --repeats 5
 """
@@ -10,7 +12,6 @@ in fresh processes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from typing import Any
 
 import harness
 import sparse_checkpoint
+from loadstone.hardware.machine_file import save_machine
+from loadstone.hardware.spec import Cpu, Device, Machine
 
 GOALS_S = {
     "import loadstone": 0.05,
@@ -30,6 +33,8 @@ GOALS_S = {
     "plan 70B, 8 GPUs": 0.3,
     "plan 1.5 TB, 60,000 tensors, 8 GPUs": 3.0,
 }
+NUM_GPUS, GPU_BYTES = 8, 79 * 10**9
+PEER = "infer_auto_device_map"
 
 
 def timed(command: list[str]) -> float:
@@ -42,11 +47,43 @@ def timed(command: list[str]) -> float:
 
 def eight_gpus(path: Path) -> Path:
     """Describe a machine with eight GPUs of 80 GB."""
-    gpu = {"kind": "cuda", "name": "GPU", "total_bytes": 80 * 10**9, "free_bytes": 79 * 10**9}
-    host = {"id": "cpu", "kind": "cpu", "name": "CPU", "total_bytes": 10**12, "free_bytes": 9 * 10**11}
-    devices = [{**gpu, "id": f"cuda:{index}"} for index in range(8)]
-    path.write_text(json.dumps({"name": "eight", "num_cores": 64, "devices": [*devices, host]}))
+    host = Device(id="cpu", kind="cpu", name="CPU", total_bytes=10**12, free_bytes=9 * 10**11)
+    gpus = [
+        Device(id=f"cuda:{index}", kind="cuda", name="GPU", total_bytes=80 * 10**9, free_bytes=GPU_BYTES)
+        for index in range(NUM_GPUS)
+    ]
+    save_machine(Machine(name="eight", cpu=Cpu(name="CPU", num_cores=64), devices=(*gpus, host)), path)
     return path
+
+
+# What accelerate's users run to see where a model would go.
+_DEVICE_MAP = """
+import sys, time
+begin = time.perf_counter()
+from accelerate import infer_auto_device_map, init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+config = AutoConfig.from_pretrained(sys.argv[1])
+AutoModelForCausalLM._model_mapping[type(config)]
+imported = time.perf_counter()
+with init_empty_weights():
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+built = time.perf_counter()
+budgets = {**{index: int(sys.argv[2]) for index in range(int(sys.argv[3]))}, "cpu": 9 * 10**11}
+made = infer_auto_device_map(model, budgets, no_split_module_classes=list(model._no_split_modules or ()))
+assert made
+print(imported - begin, built - imported, time.perf_counter() - built)
+"""
+
+
+def device_map_time(folder: Path) -> dict[str, float]:
+    """Seconds of `infer_auto_device_map`: of the whole process, and of its parts."""
+    command = [sys.executable, "-c", _DEVICE_MAP, str(folder), str(GPU_BYTES), str(NUM_GPUS)]
+    begin = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    whole = time.perf_counter() - begin
+    import_s, build_s, place_s = map(float, done.stdout.split())
+    return {"s": whole, "import_s": import_s, "build_s": build_s, "place_s": place_s}
 
 
 def import_time() -> float:
@@ -83,13 +120,18 @@ def main() -> None:
             "plan 1.5 TB, 60,000 tensors, 8 GPUs": [*command, "plan", str(huge), "--machine", machine],
         }
 
+        peers = {f"{PEER}, 70B": large, f"{PEER}, 1.5 TB": huge}
+
         def run(what: str) -> dict[str, Any]:
+            if what in peers:
+                return device_map_time(peers[what])
             return {"s": import_time() if what == "import loadstone" else timed(commands[what])}
 
-        runs = harness.in_turn(["import loadstone", *commands], arguments.repeats, run)
+        runs = harness.in_turn(["import loadstone", *commands, *peers], arguments.repeats, run)
     medians = {what: harness.median(of_command, "s") for what, of_command in runs.items()}
     for what, seconds in medians.items():
-        print(f"{what:42} {seconds:.3f} s")
+        parts = [f"{name[:-2]} {harness.median(runs[what], name):.3f}" for name in runs[what][0] if name != "s"]
+        print(f"{what:42} {seconds:.3f} s", f"({', '.join(parts)})" if parts else "")
     goals = [harness.verdict(what, medians[what], goal) for what, goal in GOALS_S.items()]
     print("\n".join(goals))
     print(f"written to {harness.save('startup', {'goals': goals, 'median_s': medians, 'runs': runs})}")

@@ -38,6 +38,27 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "bos_token_id": 151643,
         "eos_token_id": 151643,
     },
+    # https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json, 14 of 28 layers: 8.7 GB
+    "qwen2.5-7b-14-layers": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 14,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+    },
     # https://huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0/blob/main/config.json
     "tinyllama-1.1b": {
         "architectures": ["LlamaForCausalLM"],

@@ -26,6 +26,24 @@ LLAMA_70B = {
     "torch_dtype": "bfloat16",
 }
 
+# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/config.json
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
 # The layout of https://huggingface.co/deepseek-ai/DeepSeek-V3 with experts as many and as wide as 1.5 TB ask for.
 MOE_1500GB = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -70,6 +88,15 @@ def llama_shapes(config: dict[str, object]) -> Shapes:
             f"{start}post_attention_layernorm.weight": (width,),
         }
     return {**shapes, "model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+
+
+def qwen_shapes(config: dict[str, object]) -> Shapes:
+    """The tensors of a Qwen2 checkpoint: Llama's, and biases of queries, keys and values."""
+    shapes = llama_shapes(config)
+    for name, shape in list(shapes.items()):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            shapes[name.replace(".weight", ".bias")] = shape[:1]
+    return shapes
 
 
 def moe_shapes(config: dict[str, object]) -> Shapes:

@@ -271,6 +271,7 @@ TEMPLATES = {
     "does not parse": "{% for %}",
     "imports": "{% import 'os' as os %}{{ os }}",
     "divides by zero": "{{ 1 // 0 }}",
+    "allocates 100 GB": "{{ 'x' * 100000000000 }}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
 }
 _WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3}

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from builders import stir
 from loadstone.architecture.gguf_pretokenizers import PRE_TOKENIZERS
 from loadstone.architecture.gguf_tokenizer import byte_alphabet
+from tiny_llama import tiny_llama
 
 LAYER = {
     "attention_norm": "input_layernorm",
@@ -44,22 +45,9 @@ PARAMS: dict[str, Any] = {
 
 
 def reference(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        rms_norm_eps=1e-05,
-        **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **changes},
-    )
-    model = LlamaForCausalLM(config)
-    stir(model)
-    for parameter in model.parameters():  # not the rotary frequencies, which stay in float32
-        parameter.data = parameter.data.to(dtype)
-    return model.eval()
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 96, "rms_norm_eps": 1e-05}
+    return tiny_llama(dtype, stirred=True, **{**sizes, **rope, **changes})
 
 
 def interleaved(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -56,6 +56,17 @@ def test_the_example_of_states_parks_wakes_and_limits(chatty_folder: Path) -> No
     assert not loadstone.of(model).is_parked
 
 
+def test_the_example_of_foretold_tokens_tells_of_passes(
+    chatty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import loadstone
+
+    tokens = loadstone.load_tokenizer(chatty_folder)("a b c a b c", return_tensors="pt", return_token_type_ids=False)
+    names = {"loadstone": loadstone, "small": loadstone.load(chatty_folder), "tokens": tokens}
+    exec(example("assist = loadstone.of(small).assist()"), names)
+    assert capsys.readouterr().out.startswith("Assisted(num_tokens=")
+
+
 def test_the_demo_in_python_answers(
     chatty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What happens during a load, told to whoever asked. Stages emit events; only the command line draws them."""
+"""What happens during a load and a streamed forward, told to whoever asked; only the command line draws it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +48,63 @@ class BytesMoved:
     total_bytes: int
 
 
-Event = StageStarted | StageFinished | BytesMoved
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassProgress:
+    """Where a forward of a streamed model is: told when it begins, whenever a unit is needed, and when it is over.
+
+    Attributes:
+        number: of the forward, from 1 on.
+        unit: what is needed now; "" at the beginning and at the end.
+        done_units: streamed units that were needed before.
+        num_units: how many there are.
+        done_bytes: what was read for this forward and has been waited for.
+        total_bytes: what one use of every unit reads.
+        seconds: since it began.
+        waited_s: of that, waiting for bytes.
+        is_over: whether this is its end.
+    """
+
+    number: int
+    unit: str
+    done_units: int
+    num_units: int
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+    waited_s: float
+    is_over: bool = False
+
+
+Event = StageStarted | StageFinished | BytesMoved | PassProgress
 Observer = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
     """The observer of those who do not care."""
+
+
+class Tracer(Protocol):
+    """Who keeps what each thread did, and when."""
+
+    def span(self, kind: str, name: str, begin_s: float, nbytes: int = 0) -> None:
+        """Keep that the thread at hand has done something until now.
+
+        Args:
+            kind: "read", "wait", "switch", ...
+            name: of what it was done with.
+            begin_s: when it began, on the clock of `time.perf_counter`.
+            nbytes: that it moved.
+        """
+
+
+class _NoTrace:
+    """The tracer of those who do not care."""
+
+    def span(self, kind: str, name: str, begin_s: float, nbytes: int = 0) -> None:
+        """Keep nothing."""
+
+
+NO_TRACE: Tracer = _NoTrace()
 
 
 @dataclass(slots=True)

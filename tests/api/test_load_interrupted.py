@@ -81,6 +81,7 @@ def test_damage_while_loading_is_a_named_fault(
     assert "\n" not in str(found.value)
     if damage is replace and stage == "tensors":
         assert type(found.value) is FileChanged
+        assert str(found.value).endswith("bytes now); load it again.")
 
 
 def test_the_process_goes_on_after_a_fault(llama_folder: Path, llama_copy: Path) -> None:

@@ -37,6 +37,9 @@ def test_what_a_device_map_leaves_on_the_disk_is_read_in_each_pass(llama_folder:
     assert stats is not None
     assert stats.passes == 2
     assert stats.streamed_bytes >= 2 * stats.pass_bytes
+    assert stats.slot_bytes <= loaded.plan.devices[-1].reservation.slot_bytes
+    blocks = [one.moved_bytes for one in loaded.plan.placements if one.kind.value != "embedding"]
+    assert stats.pass_bytes == sum(blocks)
     assert "read in each pass" in next(phase.detail for phase in loaded.report.phases if phase.stage == "plan")
     names = {name for name, parameter in model.named_parameters() if "Streamed" in type(parameter).__name__}
     assert "model.layers.1.mlp.up_proj.weight" in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from loadstone.checkpoint.excerpt import Excerpt
 from loadstone.checkpoint.open import open_checkpoint
-from loadstone.errors import NotACheckpoint
+from loadstone.errors import MissingShard, NotACheckpoint
 
 NAMES = [
     "model.diffusion_model.in.weight",
@@ -55,6 +56,17 @@ def test_files_without_any_of_it_are_no_part_of_it(path: Path) -> None:
     save_file({"other.x": torch.ones(2)}, path.parent / "other.safetensors")
     both = [path, path.parent / "other.safetensors"]
     assert [file.path for file in open_checkpoint(both, excerpt=Excerpt(prefix="other.")).files] == both[1:]
+
+
+def test_only_the_shards_with_something_of_it_are_needed(tmp_path: Path) -> None:
+    save_file({"a.x": torch.ones(2), "b.x": torch.ones(2)}, tmp_path / "two.safetensors")
+    weight_map = {"a.x": "two.safetensors", "b.x": "two.safetensors", "a.y": "one.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = open_checkpoint(tmp_path, excerpt=Excerpt(prefix="b."))
+    assert list(checkpoint.tensors) == ["x"]
+    assert checkpoint.notes == ("2 tensors were not asked for and left out",)
+    with pytest.raises(MissingShard, match=r"did not find one\.safetensors; download what is missing"):
+        open_checkpoint(tmp_path, excerpt=Excerpt(select="a.*"))
 
 
 def test_a_prefix_that_matches_nothing_names_those_that_are_there(path: Path) -> None:

@@ -34,6 +34,12 @@ FILES = {
     ).encode(),
     "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors": save({"weight": torch.ones(3)}),
     "unet/diffusion_pytorch_model.safetensors": save({"weight": torch.ones(4)}),
+    "parts/config.json": b'{"model_type": "llama"}',
+    "parts/model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a.x": "one.safetensors", "a.y": "two.safetensors", "b.x": "two.safetensors"}}
+    ).encode(),
+    "parts/one.safetensors": save({"a.x": torch.ones(3)}),
+    "parts/two.safetensors": save({"a.y": torch.ones(3), "b.x": torch.ones(3)}),
 }
 
 
@@ -216,6 +222,33 @@ def test_only_the_subfolder_is_downloaded_with_the_shards_of_its_index(tmp_path:
     Hub.requests[0].clear()
     assert download(hub, tmp_path, subfolder="unet", variant="fp16").returncode == 0
     assert Hub.requests[0] == []
+
+
+PARTS = ["config.json", "model.safetensors.index.json", "one.safetensors", "two.safetensors"]
+
+
+@pytest.mark.parametrize("excerpt", [{"prefix": "b."}, {"select": "b.*"}, {"prefix": "a", "select": "y"}])
+def test_only_the_shards_of_the_tensors_asked_for_are_downloaded(
+    tmp_path: Path, hub: str, excerpt: dict[str, str]
+) -> None:
+    done = download(hub, tmp_path, subfolder="parts", **excerpt)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == [PARTS[0], PARTS[1], PARTS[3]]
+    assert not any("one.safetensors" in path for path in Hub.requests[0])
+    # The cache answers for the same part, and is completed for another.
+    Hub.requests[0].clear()
+    assert download(hub, tmp_path, subfolder="parts", **excerpt).returncode == 0
+    assert Hub.requests[0] == []
+    done = download(hub, tmp_path, subfolder="parts")
+    assert json.loads(done.stdout)["files"] == PARTS
+
+
+def test_a_selection_that_matches_nothing_downloads_no_shard(tmp_path: Path, hub: str) -> None:
+    done = download(hub, tmp_path, subfolder="parts", select="c.*")
+    assert (
+        "NotACheckpoint: org/name/parts: expected tensors that select='c.*' matches, found none among 3 " in done.stderr
+    )
+    assert not any("/one.safetensors" in path or "/two.safetensors" in path for path in Hub.requests[0])
 
 
 def test_a_variant_the_hub_does_not_have_lists_those_it_has(tmp_path: Path, hub: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.cli import loading, run_command
+from loadstone.cli import run_command
 from loadstone.cli.app import main
 from loadstone.hardware.spec import Rates
 
@@ -130,7 +130,7 @@ def test_one_argument_that_is_no_source_is_a_prompt(monkeypatch: pytest.MonkeyPa
 def test_commands_without_a_source_use_the_demo_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chatty_folder: Path
 ) -> None:
-    monkeypatch.setattr(loading, "demo_model", lambda _: chatty_folder)
+    monkeypatch.setattr("loadstone.checkpoint.demo.demo_model", lambda _: chatty_folder)
     assert "LlamaForCausalLM" in run(monkeypatch, capsys, "load")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -191,21 +191,38 @@ def test_what_was_finished_is_not_written_again(checkpoint: Path, tmp_path: Path
 
 def test_a_second_process_is_told_to_wait(checkpoint: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    first = start(checkpoint, made, "--max-shard-size", "1MB", "--dtype", "float32")
-    while not leftovers(made) and first.poll() is None:
-        time.sleep(0.001)
-    os.kill(first.pid, signal.SIGSTOP)
-    try:
+    with held_up(checkpoint, made) as first:
         for options in (("--max-shard-size", "1MB", "--dtype", "float32"), ("--dtype", "float32")):
             second = start(checkpoint, made, *options)
             _, err = second.communicate()
             assert second.returncode == 2
             assert "another process is writing it" in err
-    finally:
-        os.kill(first.pid, signal.SIGCONT)
-    first.communicate()
     assert first.returncode == 0
     assert leftovers(made) == ()
+
+
+@contextmanager
+def held_up(checkpoint: Path, made: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that converts to float32 in files of 1 MB, and waits after the first bytes until this is left."""
+    code = f"""
+import loadstone, sys
+from loadstone.events import BytesMoved
+
+def wait(event):
+    if isinstance(event, BytesMoved) and sys.stdin is not None:
+        print("waiting", flush=True)
+        sys.stdin.readline()
+        sys.stdin = None
+
+loadstone.convert({str(checkpoint)!r}, {str(made)!r}, max_shard_size="1MB", dtype="float32", progress=wait)
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    try:
+        assert first.stdout.readline() == "waiting\n"
+        yield first
+    finally:
+        first.communicate("go on\n")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`loadstone plan` as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,13 @@ import pytest
 
 import loadstone
 from loadstone.cli.app import main
+from loadstone.errors import InvalidPlan
 from loadstone.hardware.machine_file import save_machine
 from loadstone.hardware.spec import ComputeRate, Cpu, Device, Machine, Rates
 from loadstone.plan.plan_file import from_json
 
 Outcome = tuple[int, str, str]
+_COMMANDS = {"inspect", "load", "plan", "run", "convert", "machine", "verify"}
 Run = Callable[..., Outcome]
 
 
@@ -175,7 +178,7 @@ from loadstone.hardware.spec import ComputeRate, Cpu, Device, Machine, Rates
 try:
     main()
 finally:
-    print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
+    print(sorted({{"torch", "transformers", "numpy", "pydantic"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
@@ -190,3 +193,51 @@ def test_the_function_takes_what_torch_users_type(chatty_folder: Path) -> None:
     assert plan.dtype == "bfloat16"
     assert plan.run.prompt_tokens == 32
     assert plan.devices[-1].level_bytes > 100_000_000
+
+
+def test_a_part_of_a_source_is_planned_and_loaded_alike(run: Run, chatty_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    state = {f"policy.{name}": tensor for name, tensor in load_file(chatty_folder / "model.safetensors").items()}
+    critic = {name.replace("policy.", "critic."): tensor.clone() for name, tensor in state.items()}
+    save_file(state | critic, inner / "model.fp16.safetensors")
+    (inner / "config.json").write_bytes((chatty_folder / "config.json").read_bytes())
+    part = {"subfolder": "inner", "variant": "fp16", "prefix": "policy.", "select": "*.weight"}
+    saved, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    options = [text for name, value in part.items() for text in (f"--{name}", value)]
+    code, _, err = run(tmp_path, *options, "--context", 64, "--save", saved, "--html", page)
+    assert code == 0, err
+    assert "mlp.down_proj.weight" in page.read_text()
+    assert "critic" not in page.read_text()
+    plan = from_json(json.loads(saved.read_text()))
+    assert plan.identity.num_tensors == len(state)
+    again = loadstone.plan(str(tmp_path), **part, context=64)
+    assert (again.identity, again.placements) == (plan.identity, plan.placements)
+    assert loadstone.of(loadstone.load(tmp_path, plan=plan, **part)).plan == plan
+    with pytest.raises(InvalidPlan, match="the plan no longer fits what it was made for"):
+        loadstone.load(tmp_path, plan=plan, **{**part, "prefix": "critic."})
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--help"], ["--help"], ["verify", "--help"]])
+def test_only_the_command_that_is_named_is_imported(arguments: list[str]) -> None:
+    from loadstone.cli.app import app_for
+
+    names = {command.name for command in app_for(arguments).registered_commands}
+    assert names == ({arguments[0]} if len(arguments) > 1 else _COMMANDS)
+
+
+def test_text_numbers_and_what_is_left_out_reach_a_command_as_they_are_meant(run: Run, chatty_folder: Path) -> None:
+    _, out, _ = run(chatty_folder, "--json", "--context", "100", "--select", "lm_head*", "--select", "*.weight")
+    assert json.loads(out)["run"] == {"context": 100, "batch": 1, "prompt_tokens": 100}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"), [("loadstone pl", "plan"), ("loadstone plan --save-d", "--save-device-map")]
+)
+def test_the_shell_completes_commands_and_options(line: str, found: str) -> None:
+    code = "import sys; sys.argv[0] = 'loadstone'; from loadstone.cli.app import main; main()"
+    asked = {"_LOADSTONE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, check=True)
+    assert done.stdout.decode().split() == [found]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from loadstone.checkpoint.manifest import NAME, format_manifest
-from loadstone.cli import verify_command
 from loadstone.cli.app import main
 from malformed_base import GOOD
 
@@ -85,5 +84,5 @@ def test_no_checkpoint_is_one_sentence(
 def test_the_demo_model_by_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    monkeypatch.setattr(verify_command, "demo_model", lambda _: folder)
+    monkeypatch.setattr("loadstone.checkpoint.demo.demo_model", lambda _: folder)
     assert run(monkeypatch, capsys)[0] == 0

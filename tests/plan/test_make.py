@@ -61,6 +61,29 @@ def test_with_room_for_one_slot_nothing_overlaps() -> None:
     assert any("only one slot fits" in reason for reason in plan.reasons)
 
 
+def test_modules_are_streamed_rather_than_blocks_where_smaller_slots_leave_room_for_more() -> None:
+    fits = host_plan(10**9).devices[-1].peak_bytes
+    plan = host_plan(fits - 10 * BLOCK_BYTES)
+    streamed = [one for one in plan.placements if one.is_streamed and one.kind.value == "block"]
+    assert all(".mlp." in one.unit for one in streamed)
+    largest = 2 * 256 * 1024
+    host = plan.devices[-1]
+    assert 2 * largest <= host.reservation.slot_bytes < 2.1 * largest
+    # As good as all of the budget is used: less is left than one more of them takes.
+    assert host.free_bytes < largest
+
+
+def test_what_moves_less_is_taken_where_computing_takes_longer_anyway() -> None:
+    model = llama(layers=14, width=3584, inner=18_944, vocab=20_000)
+    asked = Asked(run=SHORT, max_memory={HOST: 5_000_000_000})
+    plans = [
+        make_plan(model, machine(10**12, rates=Rates(disk_bytes_per_s=rate)), asked)  # computing reads 20 GB/s
+        for rate in (1e9, 18e9)
+    ]
+    assert [plan.prediction.decode.bound_by for plan in plans] == ["disk", "memory"]
+    assert plans[0].streamed_bytes == plans[1].streamed_bytes
+
+
 def test_a_table_is_streamed_by_rows() -> None:
     plan = host_plan(80_000_000)
     table = plan.placements[0]
@@ -172,3 +195,18 @@ def test_the_simulated_walk_shows_what_spreading_is_worth() -> None:
     assert spread == pytest.approx(16)
     assert contiguous > 1.3 * spread
     assert simulate([streamed] * 4, 1, num_passes=4) == pytest.approx(12)
+
+
+def test_what_generates_has_tokens_and_what_does_not_has_passes() -> None:
+    run = Run(context=1, prompt_tokens=1)
+    assert host_plan(10**9, run=run).prediction.generates
+    encoder = replace(MODEL, config={**(MODEL.config or {}), "model_type": "bert", "architectures": ["BertModel"]})
+    found = host_plan(10**9, encoder).prediction
+    assert not found.generates
+    assert found.decode.tokens == found.prefill.tokens == 16
+
+
+def test_a_streamed_table_is_not_said_to_travel_beside_computing() -> None:
+    wanted = Asked(run=SHORT, device_map={"": HOST, "model.embed_tokens": DISK})
+    plan = make_plan(MODEL, machine(10**9), wanted)
+    assert any("of model.embed_tokens only the rows that are looked up are read" in why for why in plan.reasons)

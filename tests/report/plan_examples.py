@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loadstone.checkpoint.values import TensorInfo
@@ -223,7 +224,10 @@ def encoder() -> Plan:
         dtype="float32",
         placements=placements,
         devices=(_device("cuda:0", "NVIDIA T4", 15 * GB, placements, Reservation(activation_bytes=160 * MB)),),
-        prediction=_prediction(0.4, _pass(4096, 0.16, 0, "compute"), _pass(8, 0.004, 0, "memory"), measured=False),
+        prediction=replace(
+            _prediction(0.4, _pass(4096, 0.161, 0, "compute"), _pass(4096, 0.16, 0, "compute"), measured=False),
+            generates=False,
+        ),
     )
 
 

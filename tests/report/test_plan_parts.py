@@ -70,6 +70,22 @@ def test_the_prediction_says_whether_its_rates_were_measured() -> None:
 
 @pytest.mark.parametrize(("tokens", "text"), [(8, "2,000"), (0.4, "100"), (0.04, "10"), (0.0015, "0.375")])
 def test_a_rate_has_three_figures(tokens: float, text: str) -> None:
+    plan = examples.resident()
+    decode = replace(plan.prediction.decode, tokens=tokens, seconds=0.004)
+    faster = replace(plan, prediction=replace(plan.prediction, decode=decode))
+    assert plan_parts.format_speed(faster) == f"{text} tokens/s"
+
+
+def test_what_is_moved_is_said_with_the_way_it_goes() -> None:
+    assert plan_parts.moved_by(examples.laptop_disk()) == "through 3 slots"
+    assert plan_parts.moved_by(replace(examples.laptop_disk(), num_slots=1)) == "through 1 slot"
+    assert plan_parts.moved_by(replace(examples.laptop_disk(), num_slots=0)) == "rows that are looked up"
+    assert plan_parts.moved_by(examples.resident()) == "everything is resident"
+
+
+def test_what_generates_nothing_has_sequences_and_one_kind_of_pass() -> None:
     plan = examples.encoder()
-    decode = replace(plan.prediction.decode, tokens=tokens)
-    assert plan_parts.format_tokens_per_s(replace(plan, prediction=replace(plan.prediction, decode=decode))) == text
+    assert plan_parts.format_speed(plan) == "50 sequences/s"
+    assert [name for name, _ in plan_parts.passes_of(plan)] == ["pass"]
+    assert "160 ms a pass and 50 sequences/s" in plan_parts.prediction_line(plan)
+    assert plan_parts.subject(plan).endswith("batch 8, 512 tokens each")

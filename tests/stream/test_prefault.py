@@ -56,6 +56,18 @@ def test_a_cached_file_is_left_to_the_forward_unless_imports_run_meanwhile(path:
     assert busy.done_bytes == NBYTES
 
 
+def test_only_the_hole_in_a_cached_file_is_brought_in(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), TOUCH_BYTES, TOUCH_BYTES, os.POSIX_FADV_DONTNEED)
+    if is_cached(map_file(path)):
+        pytest.skip("a file system in memory, where nothing can be dropped")
+    prefault = Prefault([(path, map_file(path))], beside_imports=False, observer=ignore)
+    prefault.wait()
+    assert prefault.done_bytes == TOUCH_BYTES
+    assert is_cached(map_file(path))
+
+
 def test_a_stopped_prefault_ends(path: Path) -> None:
     started = threading.Event()
 

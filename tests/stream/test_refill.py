@@ -312,6 +312,22 @@ def test_only_rows_that_are_looked_up_are_read(files: Files, dtype: str, monkeyp
     refill.close()
 
 
+def test_a_row_does_not_wait_for_what_the_readers_threads_are_in_the_midst_of(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = RANDOM.integers(0, 2**16, (64, 96), dtype=np.uint16)
+    files.add("w", table, "bfloat16")
+    checkpoint = files.write()
+    refill = Refill({}, checkpoint)
+    rows = Rows(wanted("w", table.shape, "bfloat16"), checkpoint.tensors["w"], refill)
+    monkeypatch.setattr(refill.reader, "repeat", lambda *_, **__: pytest.fail("the threads were asked"))
+    rows.bring(np.array([7, 40]))
+    found = rows.data.view(np.uint16).reshape(table.shape)
+    assert np.array_equal(found[[7, 40]], table[[7, 40]])
+    assert rows.read_bytes == 2 * 2 * 96
+    refill.close()
+
+
 def test_rows_are_dropped_when_they_are_many(files: Files) -> None:
     table = words(2000 * 2048).reshape(2000, 2048)
     files.add("w", table, "bfloat16")

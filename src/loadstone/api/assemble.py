@@ -108,6 +108,7 @@ def assemble(begun: Begun) -> Assembled:
     with recorder.stage("tensors") as told:
         made = materializer.run(resident, mapped.targets)
         blueprint.place(module, {**made.tensors, **streamed.stand_ins})
+        streamed.note_placed(module)
         told.text = (
             f"{format_bytes(made.mapped_bytes)} mapped where they lie, {format_bytes(made.read_bytes)} read and decoded"
         )
@@ -155,6 +156,8 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origi
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
             f"of {format_bytes(stats.slot_bytes)} together"
         )
+        if stats.room_bytes:
+            told.text += f"; of experts those that are chosen, of which {format_bytes(stats.room_bytes)} stay"
     return residency
 
 

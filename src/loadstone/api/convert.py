@@ -229,7 +229,7 @@ def _fill(folder: NewFolder, planned: _Planned, recorder: Recorder) -> tuple[str
             folder.add(name, content)
         told.text = ", ".join(sorted(set(folder.sums) - set(planned.names)))
     with recorder.stage("put in place"):
-        check_unchanged(planned.checkpoint.files)
+        check_unchanged(planned.checkpoint.files, advice="convert it again")
         folder.publish()
     return resumed
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.api.described import described
 from loadstone.api.pause import paused_gc
 from loadstone.api.planned import Wishes, plan_line, planned, streaming_of
 from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import tensor_targets
-from loadstone.architecture.implied import with_config
 from loadstone.architecture.keymap import RenameRules
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.excerpt import Excerpt, Select
@@ -29,7 +29,7 @@ from loadstone.events import Observer, Recorder, ignore
 from loadstone.execute.values import Streaming
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
 from loadstone.hardware.probe import may_have_accelerator
-from loadstone.plan.choose import Choice, check_counts, choose_dtype
+from loadstone.plan.choose import Choice, choose_dtype
 from loadstone.plan.values import Plan
 from loadstone.stream import import_files
 from loadstone.stream.host import Ahead
@@ -108,7 +108,7 @@ def load(
     attn_implementation: str | None = None,
     plan: Plan | None = None,
     max_memory: Mapping[str | int, str | int] | str | None = None,
-    device_map: str | Mapping[str, str | int] | None = None,
+    device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None,
     context: int | None = None,
     batch: int | None = None,
     prompt_tokens: int | None = None,
@@ -145,7 +145,8 @@ def load(
         plan: what `loadstone.plan` gave, to be followed. Without one, and where not everything fits with ease, one is
             made from the six arguments that follow, and what does not fit is read from its files in each pass.
         max_memory: the most that may be used, by device; see `loadstone.plan`.
-        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the start of names.
+        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the
+            start of names.
         context: tokens of prompt and answer together, to plan memory for.
         batch: sequences at a time, to plan memory for.
         prompt_tokens: of one sequence, computed in one pass, to plan memory for.
@@ -262,10 +263,8 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     recorder = Recorder(observer=observer)
     import_files.read_ahead(cache_folder())
     start, before = time.perf_counter(), resident()
-    checkpoint = in_torch_pairs(read_headers(request.source, request.access, recorder, request.excerpt))
-    if request.into is None:
-        checkpoint = _described(checkpoint)
-        check_counts(checkpoint.config or {}, checkpoint)
+    checkpoint = read_headers(request.source, request.access, recorder, request.excerpt)
+    checkpoint = in_torch_pairs(checkpoint) if request.into is not None else _with_class(described(checkpoint))
     wanted = request.wishes.plan.dtype if request.wishes.plan is not None else request.dtype
     dtype = choose_dtype(checkpoint, wanted)
     plan, streaming = _planned(checkpoint, request, dtype, recorder)
@@ -342,8 +341,7 @@ def _header_lines(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _described(checkpoint: Checkpoint) -> Checkpoint:
-    checkpoint = with_config(checkpoint)
+def _with_class(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.config is None:
         raise InvalidConfig(
             f"{checkpoint.root}: there is no config.json beside the weights, so no class can be chosen; add it, or "
@@ -357,7 +355,8 @@ def _set_in_motion(begun: Begun) -> None:
     streamed = begun.streaming.tensors if begun.streaming is not None else frozenset()
     total_bytes = min(checkpoint.nbytes, sum(file.nbytes for file in checkpoint.files))
     total_bytes -= sum(checkpoint.tensors[name].nbytes for name in streamed if name in checkpoint.tensors)
-    if total_bytes > _PREFAULT_SHARE * host_memory()[1]:
+    # A plan has counted all that it keeps.
+    if begun.plan is None and total_bytes > _PREFAULT_SHARE * host_memory()[1]:
         return  # what comes in now would push out what came before
     on_cpu = request.device == "cpu" or (request.device is None and not may_have_accelerator())
     decode = on_cpu and request.convert is None

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loadstone.api.described import described
 from loadstone.api.pause import paused_gc
+from loadstone.checkpoint.excerpt import Excerpt, Select
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
-from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
+from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.events import Observer, ignore
 from loadstone.hardware.memory import resident
 from loadstone.hardware.probe import probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import Process, checked_max_memory, device_id
-from loadstone.plan.choose import check_counts
 from loadstone.plan.device_map import checked_map
 from loadstone.plan.facts import facts_of
 from loadstone.plan.make import make_plan
@@ -44,13 +45,17 @@ def plan(
     batch: int = 1,
     prompt_tokens: int | None = None,
     device: str | torch.device | None = None,
-    device_map: str | Mapping[str, str | int] | None = None,
+    device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None,
     offload: bool = True,
     machine: Machine | None = None,
     local_files_only: bool = False,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    prefix: str | None = None,
+    select: Select | None = None,
     progress: Observer | None = None,
 ) -> Plan:
     """Plan a whole run: where each unit lives and computes, the peak of every device, and how long things take.
@@ -64,13 +69,19 @@ def plan(
         batch: sequences at a time.
         prompt_tokens: of one sequence, computed in one pass; by default 512, or the context where that is shorter.
         device: the one device to compute on.
-        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the start of names.
+        device_map: as in transformers: "auto", a device for everything, or devices (or "disk") by the
+            start of names.
         offload: whether what does not fit may be streamed; otherwise that is an error.
         machine: what to plan for, where it is not this one.
         local_files_only: never ask the network.
         revision: the branch, tag or commit of a hub id.
         token: a hub token for gated models.
         cache_dir: the hub cache, where it is not the usual one.
+        subfolder: a folder inside the source, such as a component of a diffusers pipeline.
+        variant: the `fp16` of files named `model.fp16.safetensors`.
+        prefix: only the tensors whose names begin with it, without it: one model of a file that holds several.
+        select: only tensors whose names (without the prefix) match a shell pattern, one of several, or a function of
+            the name.
         progress: is called with the events of `loadstone.events`.
 
     Returns:
@@ -82,16 +93,15 @@ def plan(
         DeviceUnavailable: a device that the machine does not have.
         ValueError: an argument means nothing, or contradicts another.
     """
+    access = HubAccess(
+        revision=revision,
+        local_files_only=local_files_only,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+    )
+    excerpt = Excerpt(subfolder=subfolder or "", variant=variant, prefix=prefix, select=select)
     with paused_gc():
-        access = HubAccess(token=token, cache_dir=None if cache_dir is None else Path(cache_dir))
-        checkpoint = open_checkpoint(
-            source,
-            revision=revision,
-            local_files_only=local_files_only,
-            hub=access,
-            observer=progress or ignore,
-        )
-        checkpoint = with_config(checkpoint)
+        checkpoint = _opened(source, access, excerpt, progress or ignore)
         planned_for = machine or probe(checkpoint.root)
         default_prompt = min(_PROMPT_TOKENS, context) if isinstance(context, int) else _PROMPT_TOKENS
         asked = Asked(
@@ -107,20 +117,31 @@ def plan(
         return make_plan(checkpoint, planned_for, asked, process_at_hand(machine is None), _called(source))
 
 
-def tensors_by_unit(
-    source: Source, made: Plan, *, revision: str | None = None, local_files_only: bool = False
-) -> dict[str, list[TensorInfo]]:
+def tensors_by_unit(source: Source, made: Plan, access: HubAccess, excerpt: Excerpt) -> dict[str, list[TensorInfo]]:
     """The tensors of each unit of a plan, by the unit's name.
 
     Args:
         source: what the plan was made for.
         made: the plan.
-        revision: the branch, tag or commit of a hub id.
-        local_files_only: never ask the network.
+        access: how the hub may be used.
+        excerpt: which part of the source the plan was made for.
     """
-    checkpoint = with_config(open_checkpoint(source, revision=revision, local_files_only=local_files_only))
+    checkpoint = _opened(source, access, excerpt, ignore)
     units = inventory(checkpoint, facts_of(checkpoint.config), made.dtype).units
     return {unit.name: [checkpoint.tensors[name] for name in unit.tensors] for unit in units}
+
+
+def _opened(source: Source, access: HubAccess, excerpt: Excerpt, observer: Observer) -> Checkpoint:
+    return described(
+        open_checkpoint(
+            source,
+            revision=access.revision,
+            local_files_only=access.local_files_only,
+            hub=access,
+            observer=observer,
+            excerpt=excerpt,
+        )
+    )
 
 
 def process_at_hand(is_here: bool) -> Process:
@@ -134,16 +155,6 @@ def process_at_hand(is_here: bool) -> Process:
         return Process(level_bytes=IMPORTS_BYTES)
     now = resident()
     return Process(level_bytes=now.anonymous_bytes + now.file_bytes, is_taken=True)
-
-
-def with_config(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the config that its own headers imply, its counts checked against its tensors."""
-    if checkpoint.config is None or checkpoint.format is Format.GGUF:
-        from loadstone.architecture.implied import with_config as implied  # and with it numpy, a tenth of a second
-
-        checkpoint = implied(checkpoint)
-    check_counts(checkpoint.config or {}, checkpoint)
-    return checkpoint
 
 
 def _called(source: Source) -> str:

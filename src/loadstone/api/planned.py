@@ -16,14 +16,17 @@ from loadstone.hardware.probe import may_have_accelerator, probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import checked_max_memory, device_id
 from loadstone.plan.device_map import checked_map
+from loadstone.plan.experts import expert_room
 from loadstone.plan.facts import facts_of
-from loadstone.plan.make import make_plan
+from loadstone.plan.make import check_run, make_plan
 from loadstone.plan.plan_file import changes
 from loadstone.plan.units import inventory
 from loadstone.plan.values import HOST, Asked, Plan, Run
 from loadstone.units import format_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from loadstone.api.load import Request
 
 # Weights of which this many times the bytes, and this much beside them, are free need no plan: making one for tens of
@@ -55,7 +58,7 @@ class Wishes:
     context: int | None = None
     batch: int | None = None
     prompt_tokens: int | None = None
-    device_map: str | Mapping[str, str | int] | None = None
+    device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None
     offload: bool = True
 
     @property
@@ -71,9 +74,12 @@ class Wishes:
     @property
     def run(self) -> Run:
         """What the model is to be used for."""
-        prompt = self.prompt_tokens or min(_USUAL.prompt_tokens, self.context or _USUAL.context)
-        context = self.context or max(_USUAL.context, 2 * prompt)
-        return Run(context=context, batch=self.batch or 1, prompt_tokens=prompt)
+        context, prompt = self.context, self.prompt_tokens
+        if prompt is None:
+            prompt = _USUAL.prompt_tokens if context is None else min(_USUAL.prompt_tokens, context)
+        if context is None:
+            context = max(_USUAL.context, 2 * prompt)
+        return Run(context=context, batch=_USUAL.batch if self.batch is None else self.batch, prompt_tokens=prompt)
 
 
 def planned(checkpoint: Checkpoint, request: Request, dtype: str) -> Plan | None:
@@ -91,10 +97,12 @@ def planned(checkpoint: Checkpoint, request: Request, dtype: str) -> Plan | None
         DoesNotFit: there is none.
         InvalidPlan: the plan that was given was made for another checkpoint or machine.
         PlanNotSupported: it spreads the model in a way that cannot be carried out yet.
+        ValueError: what was asked for means nothing.
     """
     wishes = request.wishes
     if wishes.plan is not None:
         return _given(wishes.plan, checkpoint)
+    check_run(wishes.run)
     on_host = request.device == HOST or not may_have_accelerator()
     if not wishes.limits and (not on_host or _fits_with_ease(checkpoint, dtype, wishes.run)):
         return None
@@ -185,7 +193,14 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
         for unit in (whole, *found.parts(whole)):
             if unit.name in away:
                 tensors |= dict.fromkeys(unit.tensors, unit.name)
-    return Streaming(num_slots=max(1, plan.num_slots), tensors=frozenset(tensors), unit_of=tensors)
+    room = expert_room(plan, found)
+    return Streaming(
+        num_slots=max(1, plan.num_slots),
+        tensors=frozenset(tensors) | room.tensors,
+        expert_tensors=room.tensors,
+        expert_bytes=room.nbytes,
+        unit_of=tensors,
+    )
 
 
 def plan_line(plan: Plan | None) -> str:

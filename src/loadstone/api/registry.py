@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loadstone.errors import PlanNotSupported
-from loadstone.plan.values import Plan
+from loadstone.execute.trace import recorded
+from loadstone.plan.values import Plan, UnitKind
 from loadstone.report.load_report import LoadReport
+from loadstone.report.streaming import as_text
+from loadstone.report.trace import check_writable, write_trace
 from loadstone.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
     from loadstone.execute.adopt import Origin
+    from loadstone.execute.assist import Assist
     from loadstone.execute.residency import Residency
     from loadstone.execute.values import StreamStats
 
@@ -57,7 +65,71 @@ class Loaded:
 
     def stats(self) -> StreamStats | None:
         """What streaming has done so far; None where nothing was ever streamed."""
-        return None if self.residency is None else self.residency.stats()
+        if self.residency is None:
+            return None
+        rates = self.report.rates
+        return replace(self.residency.stats(), disk_bytes_per_s=rates.disk_bytes_per_s if rates is not None else None)
+
+    def summary(self) -> str:
+        """The same in a line or two; "" where nothing was ever streamed."""
+        stats = self.stats()
+        return "" if stats is None else as_text(stats)
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Write what happens in the body to a file that chrome://tracing and https://ui.perfetto.dev open.
+
+        It shows, thread by thread, which bytes were read when, what waited for them, and what computed; on an
+        accelerator, what was asked of it. The file is written whole at the end, also where the body fails.
+
+        Args:
+            path: the file, of JSON; replaced where it is there.
+
+        Raises:
+            DestinationError: it cannot be written.
+            ValueError: the model is traced already.
+        """
+        path = Path(path)
+        model = self._model()
+        if model is None:
+            raise ValueError("the model that was to be traced is gone.")
+        check_writable(path)
+        with recorded(model, self.residency) as recording:
+            try:
+                yield
+            finally:
+                write_trace(path, recording)
+
+    def assist(self, draft: nn.Module | None = None) -> Assist:
+        """Greedy decoding in which a pass yields several tokens, for `model.generate()`.
+
+        The text is the same, token for token; where nothing can be foretold exactly (sampling, batches, caches that
+        forget) it is decoded as ever, and `facts.note` says why. It pays where passes wait for weights.
+
+            assist = loadstone.of(model).assist()
+            model.generate(**tokens, do_sample=False, custom_generate=assist)
+            print(assist.facts)
+
+        A streamer is passed as `token_streamer=`: transformers keeps `streamer=` from methods that are not its own.
+
+        Args:
+            draft: a smaller model with the same vocabulary, that foretells; without one the text itself does. It
+                decides how many passes there are, never what comes out.
+        """
+        from loadstone.execute.assist import Assist
+
+        return Assist(draft)
+
+    def is_stream_bound(self) -> bool:
+        """Whether foretelling pays: a pass waits for weights more than it computes, and blocks come whole.
+
+        The parts of a block that is streamed module by module come anew for each token.
+        """
+        if self.residency is None or self.plan is None:
+            return False
+        blocks = [one.unit for one in self.plan.placements if one.is_streamed and one.kind is UnitKind.BLOCK]
+        num_whole = sum(unit.rpartition(".")[2].isdecimal() for unit in blocks)
+        return self.plan.prediction.decode.bound_by in ("disk", "link") and 2 * num_whole > len(blocks)
 
     def park(self, *, keep_changed: bool = False) -> int:
         """Let the model leave memory: its weights, the slots, the threads and the open files.
@@ -77,7 +149,7 @@ class Loaded:
             StreamedModel: a parameter was changed, or the model was closed.
             PlanNotSupported: its weights are not on the CPU.
         """
-        return self._residency("park").park(keep_changed=keep_changed)
+        return self._residency("park").change(lambda states: states.park(keep_changed=keep_changed))
 
     def wake(self) -> None:
         """Bring back what was in memory when the model was parked, with the same bits; one that is awake stays so.
@@ -86,8 +158,8 @@ class Loaded:
             StreamedModel: the model was closed.
             LoadstoneError: its files cannot be read, or are not those that it was loaded from.
         """
-        if self.residency is not None:
-            self.residency.wake()
+        if self.residency is not None and self.residency.is_parked:
+            self.residency.change(lambda states: states.wake())
 
     def limit(self, size: str | int | None) -> None:
         """Change how much memory the weights may take while the model lives.
@@ -105,7 +177,7 @@ class Loaded:
             LoadstoneError: files cannot be read, or are not those that the model was loaded from.
         """
         limit_bytes = None if size is None else parse_bytes(size, option="limit")
-        self._residency("limit").limit(limit_bytes)
+        self._residency("limit").change(lambda states: states.limit(limit_bytes))
 
     def close(self) -> None:
         """End the threads and close the files of a model that is streamed, which cannot be used any more."""

@@ -54,14 +54,20 @@ def group_blocks(tensors: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
         what stands behind them.
     """
     grouped: dict[tuple[str | None, int, str], list[TensorInfo]] = {}
+    start, members = "", list[TensorInfo]()
     for info in tensors.values():
+        # The tensors of a block mostly follow each other, and what begins like the last one is in the same.
+        if start and info.name.startswith(start) and len(info.name) > len(start):
+            members.append(info)
+            continue
         match = _NUMBERED.match(info.name)
         if match is not None and not match["stack"].endswith("experts"):
             key = (match["stack"], int(match["index"]), f"{match['stack']}.{match['index']}")
+            start = f"{key[2]}."
         else:
-            fqn = info.name.rpartition(".")[0] or info.name
-            key = (None, 0, fqn)
-        grouped.setdefault(key, []).append(info)
+            key, start = (None, 0, info.name.rpartition(".")[0] or info.name), ""
+        members = grouped.setdefault(key, [])
+        members.append(info)
     stacks = list(dict.fromkeys(stack for stack, _, _ in grouped if stack is not None))
     ordered = sorted(grouped, key=lambda key: (_rank(key, stacks), key[1]))
     return tuple(_block(key, grouped[key], order) for order, key in enumerate(ordered))
@@ -90,7 +96,7 @@ def _rank(key: tuple[str | None, int, str], stacks: list[str]) -> tuple[int, int
 
 
 def _block(key: tuple[str | None, int, str], infos: list[TensorInfo], order: int) -> Block:
-    experts = {match[1] for info in infos if (match := _EXPERT.search(info.name))}
+    experts = {match[1] for info in infos if "expert" in info.name and (match := _EXPERT.search(info.name))}
     return Block(
         fqn=key[2],
         stack=key[0],

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loadstone.architecture.gguf import config_from_metadata
-from loadstone.architecture.meta_llama import config_from_params
-from loadstone.architecture.meta_tokenizer import bare_vocabulary, tokenizer_metadata
 from loadstone.checkpoint.values import Checkpoint, Format
 
 
@@ -17,9 +14,14 @@ def with_config(checkpoint: Checkpoint) -> Checkpoint:
         ConfigError: what they say makes no config.
         UnsupportedFormat: a variant that transformers' class has no room for.
     """
+    # What reads the other formats brings numpy: a tenth of a second that a folder with a config.json need not wait.
     if checkpoint.format is Format.GGUF:
+        from loadstone.architecture.gguf import config_from_metadata
+
         return replace(checkpoint, config=config_from_metadata(checkpoint))
     if checkpoint.config is None and checkpoint.params is not None:
+        from loadstone.architecture.meta_llama import config_from_params
+
         return replace(checkpoint, config=config_from_params(checkpoint))
     return checkpoint
 
@@ -30,7 +32,11 @@ def with_vocabulary(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         InvalidHeader: that file cannot be read.
     """
-    path = None if checkpoint.params is None else bare_vocabulary(checkpoint.root)
+    if checkpoint.params is None:
+        return checkpoint
+    from loadstone.architecture.meta_tokenizer import bare_vocabulary, tokenizer_metadata
+
+    path = bare_vocabulary(checkpoint.root)
     if path is None:
         return checkpoint
     return replace(checkpoint, metadata={**checkpoint.metadata, **tokenizer_metadata(path)})

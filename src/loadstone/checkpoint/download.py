@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from loadstone.checkpoint.excerpt import Excerpt
+from loadstone.checkpoint.excerpt import Excerpt, index_of
 from loadstone.checkpoint.hub_cache import HubAccess, cached_snapshot
 from loadstone.checkpoint.layout import is_index, pick
 from loadstone.checkpoint.sharded import read_index
@@ -32,7 +32,7 @@ def download(repo_id: str, access: HubAccess, observer: Observer, excerpt: Excer
         repo_id: `org/name`.
         access: the revision, and how the hub is used; the model's Python files come only with `trust_remote_code`.
         observer: is told of the bytes that arrive, as stage `download`.
-        excerpt: the subfolder and the variant that are wanted.
+        excerpt: the subfolder, the variant and the tensors that are wanted; shards without any of them stay away.
 
     Returns:
         The folder of the snapshot.
@@ -98,7 +98,7 @@ def _wanted(repo_id: str, sizes: dict[str, int], access: HubAccess, excerpt: Exc
         index = huggingface_hub.hf_hub_download(
             repo_id, folder + weights[0], revision=access.revision, cache_dir=access.cache_dir, token=access.token
         )
-        weights += read_index(Path(index)).shards
+        weights += index_of(read_index(Path(index)), excerpt, where=where).shards
     patterns = (*SIDE_FILES, _CODE_FILES) if access.trust_remote_code else SIDE_FILES
     beside = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)]
     return [folder + name for name in (*weights, *beside)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from loadstone.checkpoint.values import Checkpoint, TensorInfo
+from loadstone.checkpoint.sharded import Index
+from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import NotACheckpoint
 
 Select = str | Sequence[str] | Callable[[str], bool]
@@ -37,22 +38,29 @@ class Excerpt:
         if any(part in {"..", "/"} or ":" in part for part in parts):
             raise ValueError(f"subfolder={self.subfolder!r}: expected a folder inside the source, such as transformer.")
 
+    @property
+    def names_tensors(self) -> bool:
+        """Whether only some of the tensors are meant."""
+        return self.prefix is not None or self.select is not None
 
-def excerpt_of(checkpoint: Checkpoint, excerpt: Excerpt) -> Checkpoint:
+
+def excerpt_of(checkpoint: Checkpoint, excerpt: Excerpt, *, num_unread: int = 0) -> Checkpoint:
     """The checkpoint with the tensors that are asked for, and the files that hold them.
+
+    Args:
+        checkpoint: what was opened.
+        excerpt: what is asked for.
+        num_unread: the tensors in shards that were not opened, because none of them is asked for.
 
     Raises:
         NotACheckpoint: the prefix or the selection matches nothing.
     """
-    if excerpt.prefix is None and excerpt.select is None:
+    if not excerpt.names_tensors:
         return checkpoint
-    tensors = checkpoint.tensors
-    if excerpt.prefix is not None:
-        tensors = _under(checkpoint, excerpt.prefix)
-    if excerpt.select is not None:
-        tensors = _selected(checkpoint, tensors, excerpt.select)
+    chosen = _chosen(checkpoint.tensors, excerpt, where=str(checkpoint.root))
+    tensors = {name: replace(checkpoint.tensors[stored], name=name) for name, stored in chosen.items()}
     used = {info.file for info in tensors.values()}
-    left_out = len(checkpoint.tensors) - len(tensors)
+    left_out = len(checkpoint.tensors) - len(tensors) + num_unread
     return replace(
         checkpoint,
         tensors=tensors,
@@ -61,26 +69,47 @@ def excerpt_of(checkpoint: Checkpoint, excerpt: Excerpt) -> Checkpoint:
     )
 
 
-def _under(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorInfo]:
-    names = checkpoint.tensors
+def index_of(index: Index, excerpt: Excerpt, *, where: str) -> Index:
+    """The index with only those shards that hold a tensor that is asked for.
+
+    Args:
+        index: of the whole checkpoint.
+        excerpt: what is asked for.
+        where: what a message begins with.
+
+    Raises:
+        NotACheckpoint: the prefix or the selection matches nothing.
+    """
+    if not excerpt.names_tensors:
+        return index
+    everything = sorted(name for names in index.shards.values() for name in names)
+    stored = set(_chosen(everything, excerpt, where=where).values())
+    return replace(
+        index, shards={shard: names for shard, names in index.shards.items() if not stored.isdisjoint(names)}
+    )
+
+
+def _chosen(names: Collection[str], excerpt: Excerpt, *, where: str) -> dict[str, str]:
+    """The names of what is asked for, and what each is called in the files."""
+    found = {name: name for name in names} if excerpt.prefix is None else _under(names, excerpt.prefix, where)
+    return found if excerpt.select is None else _selected(found, excerpt.select, where)
+
+
+def _under(names: Collection[str], prefix: str, where: str) -> dict[str, str]:
     if not prefix.endswith(".") and any(name.startswith(f"{prefix}.") for name in names):
         prefix += "."
-    found = {
-        name.removeprefix(prefix): replace(info, name=name.removeprefix(prefix))
-        for name, info in names.items()
-        if name.startswith(prefix) and name != prefix
-    }
+    found = {name.removeprefix(prefix): name for name in names if name.startswith(prefix) and name != prefix}
     if not found:
         there = list(prefixes(names))
         more = f" and {len(there) - _MAX_LISTED} more" if len(there) > _MAX_LISTED else ""
         raise NotACheckpoint(
-            f"{checkpoint.root}: expected tensors whose names begin with {prefix!r}, found none among {len(names):,}; "
+            f"{where}: expected tensors whose names begin with {prefix!r}, found none among {len(names):,}; "
             f"pass one of the prefixes that are there: {', '.join(there[:_MAX_LISTED])}{more}."
         )
     return found
 
 
-def _selected(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], select: Select) -> dict[str, TensorInfo]:
+def _selected(names: dict[str, str], select: Select, where: str) -> dict[str, str]:
     if callable(select):
         wanted = select
         asked = getattr(select, "__name__", "the function")
@@ -91,11 +120,11 @@ def _selected(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], select:
         def wanted(name: str) -> bool:
             return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    found = {name: info for name, info in tensors.items() if wanted(name)}
+    found = {name: stored for name, stored in names.items() if wanted(name)}
     if not found:
-        shown = ", ".join(list(tensors)[:3])
+        shown = ", ".join(list(names)[:3])
         raise NotACheckpoint(
-            f"{checkpoint.root}: expected tensors that select={asked} matches, found none among {len(tensors):,} such "
+            f"{where}: expected tensors that select={asked} matches, found none among {len(names):,} such "
             f"as {shown}; a pattern matches whole names, as in *.weight."
         )
     return found

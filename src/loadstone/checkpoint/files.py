@@ -87,14 +87,18 @@ def open_regular(path: Path) -> Iterator[OpenFile]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass a weight file.")
+            raise NotACheckpoint(f"{path}: expected a regular file, found {kind}; pass the file itself.")
         yield OpenFile(path=path, fd=fd, nbytes=status.st_size, version=version_of(status))
     finally:
         os.close(fd)
 
 
-def check_unchanged(files: Iterable[CheckpointFile]) -> None:
+def check_unchanged(files: Iterable[CheckpointFile], *, advice: str = "load it again") -> None:
     """Check that files are still those whose headers were read.
+
+    Args:
+        files: as they were found.
+        advice: what to do where one is another.
 
     Raises:
         UnreadableFile: one is gone.
@@ -105,11 +109,20 @@ def check_unchanged(files: Iterable[CheckpointFile]) -> None:
             version = version_of(file.path.stat())
         except OSError as error:
             raise unreadable(file.path, error) from None
-        if file.version is not None and version != file.version:
-            raise FileChanged(
-                f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
-                f"replaced or written to meanwhile ({version.nbytes:,} bytes now); load it again."
-            )
+        check_version(file, version, advice)
+
+
+def check_version(file: CheckpointFile, found: FileVersion, advice: str = "load it again") -> None:
+    """Check that what was found at a file's path is the file whose header was read.
+
+    Raises:
+        FileChanged: it is another.
+    """
+    if file.version is not None and found != file.version:
+        raise FileChanged(
+            f"{file.path}: expected the file of {file.nbytes:,} bytes whose header was read, found that it was "
+            f"replaced or written to meanwhile ({found.nbytes:,} bytes now); {advice}."
+        )
 
 
 def unreadable(path: Path, error: OSError) -> UnreadableFile:

@@ -149,21 +149,6 @@ def is_index(name: str) -> bool:
     return _INDEX.fullmatch(name) is not None
 
 
-def missing_in(folder: Path, variant: str | None = None) -> tuple[str, ...]:
-    """What a folder lacks to be a complete checkpoint, as names of files; empty if it is one."""
-    try:
-        weights = weights_in(folder, variant)
-    except (NotACheckpoint, FileNotFoundError):
-        return ("the weights",)
-    except MissingShard as error:
-        return (str(error),)
-    described = weights.files[0].suffix == ".gguf" or any(
-        (folder / name).is_file() for name in ("config.json", PARAMS_NAME)
-    )
-    missing = weights.index.missing() if weights.index else [file.name for file in weights.files if not file.is_file()]
-    return (*([] if described else ["config.json"]), *missing)
-
-
 def variant_of(name: str) -> str | None:
     """The variant in a file's name, where it is one of the usual names."""
     match = _VARIANT.fullmatch(name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loadstone.checkpoint.excerpt import Excerpt, excerpt_of
+from loadstone.checkpoint.excerpt import Excerpt, excerpt_of, index_of
 from loadstone.checkpoint.files import LFS_MAGIC, lfs_message, open_regular, read_json_object
 from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.layout import META_NAME, PARAMS_NAME, Weights, weights_at, weights_in
@@ -80,7 +80,12 @@ def open_checkpoint(
         weights = weights_at(resolved.files[0])
     else:
         weights = Weights(files=resolved.files)
-    return excerpt_of(_assemble(resolved.root, weights), excerpt)
+    num_unread = 0
+    if weights.index is not None:
+        index = index_of(weights.index, excerpt, where=str(resolved.root))
+        num_unread = weights.index.num_tensors - index.num_tensors
+        weights = Weights(files=index.files, index=index)
+    return excerpt_of(_assemble(resolved.root, weights), excerpt, num_unread=num_unread)
 
 
 def _assemble(root: Path, weights: Weights) -> Checkpoint:

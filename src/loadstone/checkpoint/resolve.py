@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loadstone.checkpoint.excerpt import Excerpt
+from loadstone.checkpoint.excerpt import Excerpt, index_of
 from loadstone.checkpoint.hub_cache import HubAccess, cache_root, cached_snapshot, local_path
-from loadstone.checkpoint.layout import below, components, missing_in
-from loadstone.errors import SourceNotFound
+from loadstone.checkpoint.layout import PARAMS_NAME, below, components, weights_in
+from loadstone.errors import MissingShard, NotACheckpoint, SourceNotFound
 from loadstone.events import Observer, ignore
 
 Source = str | Path | list[str | Path] | tuple[str | Path, ...]
@@ -44,7 +44,7 @@ def resolve(
         source: what the user named.
         access: how the hub is used.
         observer: is told of downloaded bytes.
-        excerpt: the subfolder and the variant that are meant.
+        excerpt: the subfolder, the variant and the tensors that are meant.
 
     Raises:
         SourceNotFound: no such path, and no such model in the cache or on the hub.
@@ -94,7 +94,7 @@ def _resolve_list(source: list[str | Path] | tuple[str | Path, ...]) -> Resolved
 
 def _resolve_hub(repo_id: str, access: HubAccess, observer: Observer, excerpt: Excerpt) -> Resolved:
     snapshot = cached_snapshot(repo_id, access)
-    missing = missing_in(snapshot / excerpt.subfolder, excerpt.variant) if snapshot else ("every file",)
+    missing = _missing(snapshot / excerpt.subfolder, excerpt) if snapshot else ("every file",)
     if snapshot and not missing:
         return Resolved(root=snapshot / excerpt.subfolder, revision=snapshot.name)
     if access.local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
@@ -108,3 +108,21 @@ def _resolve_hub(repo_id: str, access: HubAccess, observer: Observer, excerpt: E
 
     root = download(repo_id, access, observer, excerpt)
     return Resolved(root=root / excerpt.subfolder, revision=root.name)
+
+
+def _missing(folder: Path, excerpt: Excerpt) -> tuple[str, ...]:
+    """What a folder lacks to hold what is asked for, as names of files; empty if nothing."""
+    try:
+        weights = weights_in(folder, excerpt.variant)
+    except (NotACheckpoint, FileNotFoundError):
+        return ("the weights",)
+    except MissingShard as error:
+        return (str(error),)
+    described = weights.files[0].suffix == ".gguf" or any(
+        (folder / name).is_file() for name in ("config.json", PARAMS_NAME)
+    )
+    if weights.index is not None:
+        missing = index_of(weights.index, excerpt, where=str(folder)).missing()
+    else:
+        missing = tuple(file.name for file in weights.files if not file.is_file())
+    return (*([] if described else ["config.json"]), *missing)

@@ -39,6 +39,11 @@ class Index:
         """The paths of the shards."""
         return tuple(self.path.parent / shard for shard in self.shards)
 
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors it names."""
+        return sum(map(len, self.shards.values()))
+
     def missing(self) -> tuple[str, ...]:
         """The shards that are not there."""
         folder = os.fspath(self.path.parent)

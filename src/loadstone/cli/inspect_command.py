@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from loadstone.checkpoint.demo import demo_model
 from loadstone.cli import options
-from loadstone.cli.loading import LoadOptions, SourceOptions, load_model, with_options
+from loadstone.cli.loading import LoadOptions, SourceOptions, load_model, source_or_demo, with_options
 from loadstone.cli.progress import shown
 
 EPILOG = """[bold]Examples[/bold]
@@ -44,7 +43,7 @@ def inspect_command(
 
     with shown(options.err(), quiet=False) as observer:
         found = inspect(
-            source or str(demo_model(observer)),
+            source_or_demo(source, observer),
             revision=wanted.revision,
             subfolder=wanted.subfolder,
             variant=wanted.variant,

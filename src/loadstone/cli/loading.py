@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from loadstone.checkpoint.demo import demo_model
 from loadstone.cli import options
 
 if TYPE_CHECKING:
@@ -83,6 +82,20 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
+def source_or_demo(source: str | None, observer: Observer) -> str:
+    """The source of a command, or the demo model where none is named.
+
+    Args:
+        source: as on the command line.
+        observer: draws progress.
+    """
+    if source is not None:
+        return source
+    from loadstone.checkpoint.demo import demo_model
+
+    return str(demo_model(observer))
+
+
 def load_model(
     source: str | None, wanted: LoadOptions, prompt_tokens: int | None = None, *, observer: Observer
 ) -> tuple[nn.Module, str]:
@@ -99,7 +112,7 @@ def load_model(
     """
     from loadstone.api.load import load
 
-    path = source or str(demo_model(observer))
+    path = source_or_demo(source, observer)
     model = load(
         path,
         architecture=wanted.architecture,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loadstone.cli import options
+
+if TYPE_CHECKING:
+    from loadstone.hardware.spec import Machine
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -51,23 +55,31 @@ def machine_command(
 
     A machine can be saved and planned for elsewhere.
     """
-    from loadstone.hardware.machine_file import find_machine, gallery, save_machine, to_json
-    from loadstone.report import machine as report
-
     if show_gallery:
         if source is not None or measure or model is not None or save is not None:
             raise ValueError("--gallery: expected only --json beside it; give a name without --gallery to see one.")
-        machines = [find_machine(name) for name in gallery()]
-        if as_json:
-            options.print_json([to_json(machine) for machine in machines])
-        else:
-            report.render_gallery(machines, options.out())
+        _show_gallery(as_json)
         return
-    from dataclasses import replace
-
     from loadstone.api.machine import machine
 
-    found = machine(source, model=model, measure=measure)
+    _show(machine(source, model=model, measure=measure), save, as_json)
+
+
+def _show_gallery(as_json: bool) -> None:
+    from loadstone.hardware.machine_file import find_machine, gallery, to_json
+    from loadstone.report import machine as report
+
+    machines = [find_machine(name) for name in gallery()]
+    if as_json:
+        options.print_json([to_json(machine) for machine in machines])
+    else:
+        report.render_gallery(machines, options.out())
+
+
+def _show(found: Machine, save: Path | None, as_json: bool) -> None:
+    from loadstone.hardware.machine_file import save_machine, to_json
+    from loadstone.report import machine as report
+
     if save is not None:
         found = replace(found, name=found.name or save.stem)
         save_machine(found, save)

@@ -52,6 +52,27 @@ MaxMemory = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together, to plan memory for.")]
 Batch = Annotated[int | None, typer.Option(help="Sequences at a time, to plan memory for.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Prompts of --batch at a time; chosen by what memory allows by default."),
+]
+BatchFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--batch", help='Answer every prompt of a file: a line each, or JSON lines with "prompt" and "system".'
+    ),
+]
+AssistOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--assist/--no-assist",
+        help="Foretell tokens that repeat what was said, so that a pass yields several; the text stays the same. By "
+        "default where passes wait for weights.",
+    ),
+]
+DraftOption = Annotated[
+    str | None, typer.Option("--draft", help="A smaller model with the same vocabulary that foretells tokens instead.")
+]
 DeviceMap = Annotated[
     str | None, typer.Option(help="auto, a device for everything, or a JSON file of devices by module name.")
 ]
@@ -84,11 +105,11 @@ def print_json(value: Any) -> None:
 _MAX_JSON_BYTES = 256_000_000
 
 
-def read_json(path: Path, fault: Callable[[str], LoadstoneError]) -> dict[str, Any]:
-    """A JSON object of a file that an option names."""
+def read_json(path: Path, fault: Callable[[str], LoadstoneError], advice: str) -> dict[str, Any]:
+    """A JSON object of a file that an option names; `advice` is what a message says to do."""
     from loadstone.checkpoint.files import read_json_object
 
-    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, fault=fault)
+    return read_json_object(path, max_bytes=_MAX_JSON_BYTES, fault=fault, advice=advice)
 
 
 def read_plan(path: Path | None) -> Plan | None:
@@ -98,7 +119,7 @@ def read_plan(path: Path | None) -> Plan | None:
     from loadstone.errors import InvalidPlan
     from loadstone.plan.plan_file import from_json
 
-    return from_json(read_json(path, InvalidPlan), str(path))
+    return from_json(read_json(path, InvalidPlan, "write one with `loadstone plan --save`"), str(path))
 
 
 def read_device_map(text: str | None) -> Any:
@@ -107,4 +128,4 @@ def read_device_map(text: str | None) -> Any:
         return text
     from loadstone.errors import InvalidPlan
 
-    return read_json(Path(text), InvalidPlan)
+    return read_json(Path(text), InvalidPlan, "write it as an object of devices by the start of module names")

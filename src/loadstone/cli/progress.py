@@ -21,7 +21,7 @@ def shown(console: Console, *, quiet: bool) -> Iterator[Observer]:
         console: standard error.
         quiet: draw nothing; also where standard error is no terminal.
     """
-    if quiet or not console.is_terminal:
+    if not draws(console, quiet=quiet):
         yield ignore
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
@@ -37,6 +37,11 @@ def shown(console: Console, *, quiet: bool) -> Iterator[Observer]:
     )
     with progress:
         yield _Drawer(progress).tell
+
+
+def draws(console: Console, *, quiet: bool) -> bool:
+    """Whether anything is drawn."""
+    return console.is_terminal and not quiet
 
 
 class _Drawer:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loadstone.cli import options
+from loadstone.cli.live import Screen
 from loadstone.cli.loading import LoadOptions, load_model, with_options
-from loadstone.cli.progress import shown
-from loadstone.execute.values import Generated, Prompt, Sampling
+from loadstone.cli.prompts import read_prompts
+from loadstone.cli.run_batch import Answering, answer_all, batch_size
+from loadstone.execute.values import Assisted, Generated, Prompt, Sampling
 from loadstone.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from loadstone.events import Observer
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -21,11 +28,24 @@ loadstone run "Why is the sky blue?"
 
 loadstone run ./Qwen2.5-7B-Instruct "Write a haiku about disks" --temperature 0
 
+loadstone run ./Qwen2.5-7B-Instruct "Hello" --max-memory 6GB --trace trace.json
+
 git diff | loadstone run ./Qwen2.5-7B-Instruct --system "Write a commit message for this change"
+
+loadstone run ./Qwen2.5-7B-Instruct --max-memory 5GB --draft ./Qwen2.5-0.5B-Instruct "Why is the sky blue?"
+
+loadstone run ./Qwen2.5-7B-Instruct --batch prompts.txt --temperature 0 --json > answers.jsonl
 """
 
 _DEMO_NAMES = (None, "demo")
 _TEMPLATE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(LoadOptions):
+    """The options of a load, in which the sequences at a time are those of `--batch`."""
+
+    batch: options.BatchSize = None
 
 
 @with_options
@@ -41,8 +61,14 @@ def run_command(
         float | None, typer.Option(min=0.0, help="0 takes the likeliest token; by default as the model says.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    batch_file: options.BatchFile = None,
+    assist: options.AssistOption = None,
+    draft: options.DraftOption = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace of reads and compute here; ui.perfetto.dev shows it.")
+    ] = None,
     *,
-    wanted: LoadOptions,
+    wanted: RunOptions,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -50,26 +76,94 @@ def run_command(
 
     With one argument only, the demo model answers it: loadstone run "Why is the sky blue?"
     """
-    from loadstone.api.tokenizer import load_tokenizer
+    from loadstone.api.registry import of
     from loadstone.hardware.memory import PeakWatch
+    from loadstone.report.trace import check_writable
 
-    source, text = _source_and_prompt(source, prompt)
-    asked = Prompt(text=text, system=system, raw=raw)
+    if draft is not None and (assist is False or wanted.plan is not None):
+        other = "--plan" if assist is not False else "--no-assist"
+        raise ValueError(f"--draft {draft} cannot go with {other}; leave one of them out.")
+    if wanted.batch is not None and batch_file is None:
+        raise ValueError(f"--batch-size {wanted.batch}: expected a file of prompts beside it, found none; add --batch.")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if batch_file is not None:
+        _refuse_prompt(source, prompt)
+        source = None if source in _DEMO_NAMES else source
+        prompts = read_prompts(batch_file, system=system, raw=raw)
+    else:
+        source, text = _source_and_prompt(source, prompt)
+        prompts = [Prompt(text=text, system=system, raw=raw)]
+    if trace is not None:
+        check_writable(trace)
+    screen = Screen(options.err(), quiet=quiet or as_json)
     with PeakWatch() as watch:
-        with shown(options.err(), quiet=quiet or as_json) as observer:
-            model, path = load_model(source, *_planned_for(wanted, asked, max_new_tokens), observer=observer)
-            tokenizer = load_tokenizer(
-                path,
-                local_files_only=True,
-                revision=wanted.revision,
-                subfolder=wanted.subfolder,
-                trust_remote_code=wanted.trust_remote_code,
-            )
+        with screen.loading():
+            answering, size = _loaded(source, wanted, prompts, sampling, _Foretelling(assist, draft), screen.observer)
+        loaded = of(answering.model)
+        tracing = nullcontext() if trace is None else loaded.trace(trace)
+        if batch_file is not None:
+            with tracing:
+                answer_all(answering, prompts, size, as_json=as_json, quiet=quiet)
+            return
         from loadstone.execute.generate import generate
 
-        made = generate(model, tokenizer, asked, sampling, _nothing if as_json else _say)
-    _close(model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
+        with tracing, screen.answering(loaded.plan, _nothing if as_json else _say) as on_text:
+            made = generate(
+                answering.model, answering.tokenizer, prompts[0], sampling, on_text, assist=answering.assist
+            )
+    _close(answering.model, made, watch.peak.anonymous_bytes + watch.peak.file_bytes, as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Foretelling:
+    """What was said of foretelling tokens: whether, and by which model."""
+
+    assist: bool | None
+    draft: str | None
+
+
+def _loaded(
+    source: str | None,
+    wanted: LoadOptions,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    foretelling: _Foretelling,
+    observer: Observer,
+) -> tuple[Answering, int]:
+    """Load the draft model, where there is one, the model and its tokenizer; and the number of prompts at a time."""
+    from loadstone.api.draft import check_vocabulary, load_draft
+    from loadstone.api.registry import of
+    from loadstone.api.tokenizer import load_tokenizer
+
+    longest = max(prompts, key=lambda one: len(one.text.encode()) + len((one.system or "").encode()))
+    wanted, prompt_tokens = _planned_for(wanted, longest, sampling.max_new_tokens)
+    draft = None
+    if foretelling.draft is not None:
+        context = wanted.context or 1
+        draft = load_draft(foretelling.draft, max_memory=wanted.max_memory, context=context, observer=observer)
+        wanted = replace(wanted, max_memory=draft.max_memory)
+    size = 1 if len(prompts) == 1 else batch_size(source, wanted, len(prompts), sampling)
+    if wanted.plan is None:
+        wanted = replace(wanted, batch=size)
+    model, path = load_model(source, wanted, prompt_tokens, observer=observer)
+    tokenizer = load_tokenizer(
+        path,
+        local_files_only=True,
+        revision=wanted.revision,
+        subfolder=wanted.subfolder,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+    if draft is not None:
+        check_vocabulary(draft, path, tokenizer)
+    assists = of(model).is_stream_bound() if foretelling.assist is None and draft is None else foretelling.assist
+    assist = of(model).assist(None if draft is None else draft.model) if assists is not False else None
+    return Answering(model=model, tokenizer=tokenizer, sampling=sampling, assist=assist), size
+
+
+def _refuse_prompt(source: str | None, prompt: str | None) -> None:
+    given = prompt if prompt is not None else source if source is not None and _is_prompt(source) else None
+    if given is not None:
+        raise ValueError(f"the prompt {given[:40]!r} cannot go with --batch, whose file has the prompts; leave it out.")
 
 
 def _planned_for(wanted: LoadOptions, asked: Prompt, max_new_tokens: int) -> tuple[LoadOptions, int | None]:
@@ -120,8 +214,10 @@ def _nothing(text: str) -> None:
 
 def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
     from loadstone.api.registry import of
+    from loadstone.report.streaming import to_json
 
-    report = of(model).report
+    loaded = of(model)
+    report, stats = loaded.report, loaded.stats()
     if as_json:
         options.print_json(
             {
@@ -134,6 +230,8 @@ def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
                 "peak_bytes": peak_bytes,
                 "dtype": report.dtype.value,
                 "device": report.device.value,
+                "assisted": None if made.assisted is None else asdict(made.assisted),
+                "streaming": None if stats is None else to_json(stats),
             }
         )
         return
@@ -141,7 +239,17 @@ def _close(model: Any, made: Generated, peak_bytes: int, as_json: bool) -> None:
     options.err().print(
         f"\nloaded in {format_seconds(report.seconds)} ({report.dtype.value} on {report.device.value}), "
         f"first token after {format_seconds(made.first_token_s)}, {made.tokens_per_s:.1f} tokens/s over "
-        f"{made.num_new_tokens} tokens, peak memory {format_bytes(peak_bytes)}",
+        f"{made.num_new_tokens} tokens{_assisted_line(made.assisted)}, peak memory {format_bytes(peak_bytes)}"
+        + (f"\n{loaded.summary()}" if stats is not None else ""),
         style="dim",
         highlight=False,
     )
+
+
+def _assisted_line(assisted: Assisted | None) -> str:
+    if assisted is None:
+        return ""
+    if assisted.note and not assisted.num_proposed:
+        return f" (nothing foretold: {assisted.note})"
+    came_true = f"{assisted.num_accepted} of {assisted.num_proposed} foretold tokens came true"
+    return f" in {assisted.num_passes} passes ({came_true})"

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from loadstone.checkpoint.demo import demo_model
 from loadstone.cli import options
+from loadstone.cli.loading import source_or_demo
 from loadstone.cli.progress import shown
 
 EPILOG = """[bold]Examples[/bold]
@@ -46,7 +46,7 @@ def verify_command(
 
     with shown(options.err(), quiet=quiet or as_json) as observer:
         found = verify(
-            source or str(demo_model(observer)),
+            source_or_demo(source, observer),
             structure_only=structure_only,
             revision=revision,
             subfolder=subfolder,

@@ -15,6 +15,7 @@ from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.events import Observer
+from loadstone.execute.experts import Experts, attach_experts, choose_experts
 from loadstone.execute.hooks import Hooks
 from loadstone.execute.kept import Member, Table, Unit
 from loadstone.execute.placeholder import StreamedParameter
@@ -35,13 +36,22 @@ class Streamed:
         units: the name of the unit of each, by fqn.
         wanted: what fills them, by fqn.
         stand_ins: tensors of their shapes and dtypes that take no memory, for as long as the module is put together.
+        placed: the parameters that were made of them: a tie may give one of these new memory and keep it.
         notes: what was to be streamed and is not, and why.
+        experts: those whose entries come one by one.
     """
 
     units: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, Wanted] = field(default_factory=dict)
     stand_ins: dict[str, torch.Tensor] = field(default_factory=dict)
+    placed: dict[str, nn.Parameter] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    experts: Experts = field(default_factory=Experts)
+
+    def note_placed(self, module: nn.Module) -> None:
+        """Remember which parameters the stand-ins became; for before the module is finished."""
+        found = module.named_parameters(remove_duplicate=False)
+        self.placed = {fqn: parameter for fqn, parameter in found if fqn in self.stand_ins}
 
     def add(self, unit: str, wanted: Wanted) -> None:
         """Stream one more parameter."""
@@ -65,7 +75,7 @@ def choose_streamed(
     Returns:
         Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
     """
-    chosen = Streamed()
+    chosen = Streamed(experts=choose_experts(keymap, targets, checkpoint.tensors, streaming))
     computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
     parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
@@ -74,7 +84,16 @@ def choose_streamed(
     for assignment in keymap.assignments:
         fqn = assignment.target
         unit = _unit_of(fqn, streaming)
-        if unit is None or unit in kept or fqn not in parameters or not prod(targets[fqn].shape):
+        if fqn in chosen.experts.tables:
+            chosen.add(fqn.rpartition(".")[0], chosen.experts.tables[fqn].wanted)
+            continue
+        if (
+            fqn in chosen.experts.kept
+            or unit is None
+            or unit in kept
+            or fqn not in parameters
+            or not prod(targets[fqn].shape)
+        ):
             continue
         if streaming.unit_of and not any(part.source in streaming.unit_of for part in assignment.parts):
             continue
@@ -171,9 +190,10 @@ def attach(
         What keeps the module running; it ends when the module does.
     """
     refill = Refill({}, checkpoint, observer)
-    residency = Residency(refill, num_slots, Hooks(module), adopt)
-    by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
-    units = make_units(module, streamed, lambda stand_in: by_address.get(stand_in.data_ptr()), residency)
+    residency = Residency(refill, num_slots, Hooks(module), adopt, observer)
+    fqn_of = _stood_in(streamed)
+    _attach_experts(module, streamed, fqn_of, residency)
+    units = make_units(module, streamed, fqn_of, residency)
     for unit in units:
         unit.put_placeholders()
     residency.take_on(units)
@@ -210,6 +230,32 @@ def make_units(
     groups = _groups(module, streamed, places, by_rows, taken)
     refill.add({name: [streamed.wanted[fqn] for fqn in group.fqns] for name, group in groups.items()})
     return [_unit(name, group, streamed, places, residency, by_rows) for name, group in groups.items()]
+
+
+def _stood_in(streamed: Streamed) -> FqnOf:
+    """Tells which streamed parameter something stands for, while the module is put together."""
+    by_address = {tensor.data_ptr(): fqn for fqn, tensor in streamed.stand_ins.items()}
+    by_identity = {id(parameter): fqn for fqn, parameter in streamed.placed.items()}
+
+    def fqn_of(parameter: nn.Parameter) -> str | None:
+        fqn = by_identity.get(id(parameter))
+        return by_address.get(parameter.data_ptr()) if fqn is None else fqn
+
+    return fqn_of
+
+
+def _attach_experts(module: nn.Module, streamed: Streamed, fqn_of: FqnOf, residency: Residency) -> None:
+    """Put placeholders where experts come one by one, and have them come."""
+    places = _places(module, fqn_of)
+    found: dict[str, list[tuple[nn.Module, StreamedParameter]]] = {}
+    for fqn in streamed.experts.tables:
+        if fqn not in places:
+            continue
+        member = _member(streamed, fqn, places[fqn])
+        found[fqn] = [(place.owner, member.placeholder) for place in places[fqn]]
+        for owner, name in member.owners:
+            owner[name] = member.placeholder
+    attach_experts(found, streamed.experts, residency.refill, residency)
 
 
 def _unit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 
 from loadstone.events import ignore
-from loadstone.execute.placeholder import StreamedParameter
+from loadstone.execute.placeholder import StreamedParameter, Take
+from loadstone.execute.slots import Ring, Slot
 from loadstone.execute.spread import Piece
 from loadstone.stream.host import FileMaps, stretches
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.memory import PAGE_BYTES, Bytes, anonymous, give_back, unmap_clean
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.read import Batch
-from loadstone.stream.refill import Refill, Wanted
+from loadstone.stream.refill import Place, Refill, Wanted
 from loadstone.stream.rows import Rows
 
 
@@ -89,6 +91,25 @@ class Table:
                 self._made = rows, as_tensor(rows.data, rows.target.dtype, rows.target.shape)
         return self._made
 
+    def look_up(self, ids: torch.Tensor, take: Take, ring: Ring) -> torch.Tensor:
+        """Read rows, and take what is wanted of them.
+
+        Args:
+            ids: the numbers of the rows.
+            take: called with the table; what it returns must not lie in it.
+            ring: counts what was read and waited for.
+        """
+        rows, table = self.rows()
+        before, begin = rows.read_bytes, time.perf_counter()
+        rows.bring(ids.numpy())
+        nbytes = rows.read_bytes - before
+        ring.stall_s += time.perf_counter() - begin
+        ring.streamed_bytes += nbytes
+        ring.tracer.span("wait", self._source[0].fqn, begin, nbytes)
+        taken = take(table)
+        rows.trim()
+        return taken
+
     def drop(self) -> None:
         """Keep no row."""
         self._made = None
@@ -137,6 +158,12 @@ class Unit:
         for member, parameter in zip(self.members, parameters, strict=True):
             for owner, name in member.owners:
                 owner[name] = parameter
+
+    def put_views(self, slot: Slot, places: Iterable[Place]) -> None:
+        """Have there what is in a slot."""
+        if self.name not in slot.parameters:
+            slot.parameters[self.name] = views(self, (slot.data[place.begin :] for place in places))
+        self.put(slot.parameters[self.name])
 
     def put_placeholders(self) -> None:
         """Have the placeholders there."""

@@ -45,6 +45,13 @@ class Lender(Protocol):
 Lookup = Callable[[torch.Tensor, Take], torch.Tensor]
 
 
+class Entrywise(Protocol):
+    """Who has the entries of a parameter one by one, where they do not come together."""
+
+    def answer(self, func: Any, args: Any, kwargs: Any, placeholder: StreamedParameter) -> Any:
+        """What an operation gives; `NotImplemented` where no forward is under way."""
+
+
 class StreamedParameter(nn.Parameter):
     """A parameter without elements.
 
@@ -54,6 +61,7 @@ class StreamedParameter(nn.Parameter):
         group: the part of the unit that comes at once with it.
         lookup: where its rows can be read one by one: reads those of the given numbers, and gives what is taken from
             the table that then holds them.
+        entries: where its entries come one by one, as experts do: who has them.
         lender: has the elements in place while something else than their own module uses them.
         holder: the parameter dict of a module that it stands in, and its name there.
     """
@@ -62,6 +70,7 @@ class StreamedParameter(nn.Parameter):
     unit: str
     group: str
     lookup: Lookup | None
+    entries: Entrywise | None
     lender: Lender | None
     holder: tuple[dict[str, Any], str]
 
@@ -71,7 +80,7 @@ class StreamedParameter(nn.Parameter):
             nothing = torch.zeros(1, dtype=like.dtype).expand(like.shape)
             made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
         made.fqn, made.unit, made.group = fqn, unit, unit
-        made.lookup, made.lender, made.holder = None, None, ({}, "")
+        made.lookup, made.entries, made.lender, made.holder = None, None, None, ({}, "")
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -93,6 +102,10 @@ class StreamedParameter(nn.Parameter):
             if isinstance(answer, cls) or not isinstance(answer, torch.Tensor):
                 return answer
         first = next(_placeholders((*args, *kwargs.values())))
+        if first.entries is not None:
+            answer = first.entries.answer(func, args, kwargs, first)
+            if answer is not NotImplemented:
+                return answer
         if first.lender is not None and first.lender.can_lend(first.group):
             work = partial(_computed, func, args, kwargs, first)
             return first.lender.lend(first.group, work)
@@ -118,18 +131,19 @@ def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
 
 
 def _computed(func: Any, args: Any, kwargs: Any, first: StreamedParameter) -> Any:
-    return func(*_with_elements(args, first), **_with_elements(kwargs, first))
+    owner, name = first.holder
+    parameter = owner[name]  # which is in place now
+    return func(*with_elements(args, first, parameter), **with_elements(kwargs, first, parameter))
 
 
-def _with_elements(value: Any, wanted: StreamedParameter) -> Any:
-    """Arguments with the parameter that is in place now for its placeholder."""
-    if value is wanted:
-        owner, name = wanted.holder
-        return owner[name]
+def with_elements(value: Any, placeholder: StreamedParameter, elements: torch.Tensor) -> Any:
+    """Arguments with a tensor that has elements in the place of the placeholder."""
+    if value is placeholder:
+        return elements
     if isinstance(value, list | tuple):
-        return type(value)(_with_elements(one, wanted) for one in value)
+        return type(value)(with_elements(one, placeholder, elements) for one in value)
     if isinstance(value, dict):
-        return {key: _with_elements(one, wanted) for key, one in value.items()}
+        return {key: with_elements(one, placeholder, elements) for key, one in value.items()}
     return value
 
 

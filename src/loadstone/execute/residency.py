@@ -9,25 +9,28 @@ other when the model is parked or woken, when its limit changes, and when memory
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from loadstone.errors import StreamedModel
+from loadstone.events import Observer, Tracer, ignore
+from loadstone.execute.expert_room import ExpertCounts, ExpertRoom
 from loadstone.execute.hooks import Hooks
-from loadstone.execute.kept import Unit, views
+from loadstone.execute.kept import Unit
+from loadstone.execute.meter import Meter
 from loadstone.execute.placeholder import Take
 from loadstone.execute.pressure import is_out_of_memory
 from loadstone.execute.slots import Ring, Slot, State, kept_output
 from loadstone.execute.states import Adopted, States
+from loadstone.execute.turn import Turn
 from loadstone.execute.values import StreamStats
 from loadstone.stream.refill import Refill
 
 Adopt = Callable[["Residency", Collection[str]], Adopted]
+Changed = TypeVar("Changed")
 
 
 class Residency:
@@ -39,17 +42,14 @@ class Residency:
         hooks: tell of forwards; they are not on yet.
         adopt: finds the units that were loaded to stay, when they are to go for the first time; it is given this and
             the names of the units that there are.
+        observer: is told of the progress of each forward.
 
     Attributes:
         refill: see above.
     """
 
     def __init__(
-        self,
-        refill: Refill,
-        num_slots: int,
-        hooks: Hooks,
-        adopt: Adopt | None = None,
+        self, refill: Refill, num_slots: int, hooks: Hooks, adopt: Adopt | None = None, observer: Observer = ignore
     ) -> None:
         self.refill = refill
         self._units: dict[str, Unit] = {}
@@ -57,17 +57,31 @@ class Residency:
         self._states = States(self._units, self._ring, refill, num_slots, self)
         self._hooks = hooks
         self._adopt = adopt
-        self._turn = threading.RLock()
-        self._door = threading.Lock()
+        own = Residency
+        scopes = own.start, own.close, own.change, own.ask, own.look_up, own.lend
+        self._turn = Turn(self._forget, (function.__code__ for function in scopes))
         self._entered: list[str] = []
         self._closed = False
         self._num_changing = 0
-        self._passes = self._looked_up_bytes = 0
-        self._stall_s = 0.0
+        self._passes = 0
+        self._meter = Meter(observer)
 
     def take_on(self, units: Iterable[Unit]) -> None:
         """Know units that are streamed."""
         self._units |= {unit.name: unit for unit in units}
+
+    def have_room(self, room: ExpertRoom) -> None:
+        """Know of experts that come one by one."""
+        self._states.room = room
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What comes and goes at present."""
+        return tuple(name for name, unit in self._units.items() if not unit.is_kept)
+
+    def trace_to(self, tracer: Tracer) -> None:
+        """Have reads, waits and switches kept by `tracer` from now on."""
+        self._ring.tracer = self.refill.reader.tracer = tracer
 
     def start(self, needed_bytes: int = 0) -> None:
         """Begin to stream: with hooks, slots, and the first units on their way.
@@ -82,18 +96,26 @@ class Residency:
 
     def stats(self) -> StreamStats:
         """What was done so far."""
-        ring = self._ring
+        ring, room = self._ring, self._states.room
+        experts = ExpertCounts() if room is None else room.counts
         return StreamStats(
             passes=self._passes,
             uses=ring.uses,
             hits=ring.hits,
             unforeseen=ring.unforeseen,
-            streamed_bytes=ring.streamed_bytes + self._looked_up_bytes,
-            stall_s=ring.stall_s + self._stall_s,
+            streamed_bytes=ring.streamed_bytes + experts.read_bytes,
+            stall_s=ring.stall_s + experts.stall_s,
             num_units=len(ring.units),
             num_slots=len(ring.slots),
             slot_bytes=sum(slot.data.size for slot in ring.slots),
-            pass_bytes=sum(self.refill.recipes[unit].moved_bytes for unit in ring.units),
+            pass_bytes=ring.pass_bytes,
+            pass_s=self._meter.seconds,
+            read_bytes=self.refill.reader.done_bytes,
+            read_s=self.refill.reader.busy_s,
+            expert_uses=experts.uses,
+            expert_hits=experts.hits,
+            expert_bytes=experts.read_bytes,
+            room_bytes=experts.room_bytes,
             given_back_bytes=self._states.shortage.given_back_bytes,
         )
 
@@ -105,27 +127,35 @@ class Residency:
             self.refill.close()
 
     def begin_pass(self, *_: Any) -> None:
-        """Before the forward of the whole model: take the turn."""
-        self._take_turn()
-        if not self._hooks.are_on:  # they were taken off while this thread waited
-            self._turn.release()
-            return
-        if self._entered:  # an interrupt (Ctrl-C) ended this thread's last forward without a word
-            self._abandon()
-        self._entered.append("")
-        self._passes += 1
-        self._be_ready()
+        """Before the forward of the whole model: take the turn.
+
+        Raises:
+            LoadstoneError: a file is not the one whose header was read.
+        """
+        self._drop_lost_turn()
+        if self._begin(""):
+            self._check_files()
+            self._passes += 1
+            self._meter.expect(len(self._ring.units), self._ring.pass_bytes)
+            self._meter.begin(self._passes, self._ring.streamed_bytes, self._ring.stall_s)
 
     def end_pass(self, *hooked: Any) -> None:
-        """After it."""
-        if self.is_computing() and "" in self._entered:
-            self._entered.remove("")
-            failed = hooked[-1] is None
-            error = sys.exception() if failed else None
-            if error is not None and not self._entered and is_out_of_memory(error) and not torch.is_grad_enabled():
-                self._know_all()
-                self._states.relieve(error)
-            self._release(failed=failed)
+        """After it.
+
+        Raises:
+            LoadstoneError: a file was written to meanwhile, and what of it is mapped may have changed.
+        """
+        if not self.is_computing() or "" not in self._entered:
+            return
+        failed = hooked[-1] is None
+        try:
+            self._meter.end(self._ring.streamed_bytes, self._ring.stall_s)
+            if failed:
+                self._relieve(sys.exception())
+            else:
+                self._check_files()
+        finally:
+            self._left("", failed=failed)
 
     def enter(self, unit: str, *_: Any) -> None:
         """Before the forward of a unit: have its parameters in place.
@@ -134,25 +164,28 @@ class Residency:
             StreamedModel: gradients were asked for, or the model was closed.
             LoadstoneError: its files cannot be read, or are not those whose headers were read.
         """
-        self._take_turn()
-        if not self._hooks.are_on:
-            self._turn.release()
-            return
-        self._entered.append(unit)
-        self._be_ready()
-        if self._units[unit].is_kept:
+        if not self._begin(unit) or self._units[unit].is_kept:
             return
         self._refuse_gradients(unit)
         slot = self._ring.where.get(unit)
         if slot is None or slot.state is not State.USED:
+            self._meter.need(unit, self._ring.streamed_bytes, self._ring.stall_s)
             slot = self._ring.arrive(unit)
             slot.state = State.USED
-            if unit not in slot.parameters:
-                places = self.refill.recipes[unit].places
-                slot.parameters[unit] = views(self._units[unit], (slot.data[place.begin :] for place in places))
-            self._units[unit].put(slot.parameters[unit])
+            begin = time.perf_counter()
+            self._units[unit].put_views(slot, self.refill.recipes[unit].places)
+            self._ring.tracer.span("switch", unit, begin)
         slot.depth += 1
         self._ring.read_ahead()
+
+    def hold(self, unit: str) -> None:
+        """Before the forward of a module that has its parameters from elsewhere: take the turn; `leave` it after.
+
+        Raises:
+            StreamedModel: gradients were asked for, or the model was closed.
+        """
+        if self._begin(unit):
+            self._refuse_gradients(unit)
 
     def leave(self, unit: str, *hooked: Any) -> Any:
         """After it: let the slot go, and read what comes next.
@@ -162,7 +195,6 @@ class Residency:
         """
         if not self.is_computing() or unit not in self._entered:
             return None
-        self._entered.remove(unit)
         slot, output = self._ring.where.get(unit), None
         if slot is not None and slot.state is State.USED:
             output = kept_output(hooked[-1], slot.data)
@@ -170,7 +202,7 @@ class Residency:
             if not slot.depth:
                 self._let_go(slot)
                 self._ring.read_ahead()
-        self._release(failed=hooked[-1] is None)
+        self._left(unit, failed=hooked[-1] is None)
         return output
 
     def look_up(self, unit: str, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
@@ -185,21 +217,14 @@ class Residency:
         Returns:
             What `take` returned.
         """
-        with self._having_turn():
+        with self._turn:
             self._be_ready()
             if self._units[unit].is_kept:
                 owner, name = next(one for one in self._units[unit].members if one.wanted.fqn == fqn).owners[0]
                 self._release_hooks()
                 return take(owner[name])
             self._refuse_gradients(fqn)
-            rows, table = self._units[unit].tables[fqn].rows()
-            before, begin = rows.read_bytes, time.perf_counter()
-            rows.bring(ids.numpy())
-            self._stall_s += time.perf_counter() - begin
-            self._looked_up_bytes += rows.read_bytes - before
-            taken = take(table)
-            rows.trim()
-            return taken
+            return self._units[unit].tables[fqn].look_up(ids, take, self._ring)
 
     def lend(self, unit: str, work: Callable[[], Any]) -> Any:
         """Have a unit in place while `work` runs, though its module does not compute.
@@ -226,60 +251,46 @@ class Residency:
 
     def is_computing(self) -> bool:
         """Whether a forward of the model is under way in this thread."""
-        mine = self._turn.acquire(blocking=False)
-        if mine:
-            self._turn.release()
-        return mine and bool(self._entered)
+        return self._turn.is_mine and bool(self._entered)
 
     @property
     def is_parked(self) -> bool:
         """Whether the model has left memory."""
         return self._states.parked is not None
 
-    def park(self, *, keep_changed: bool) -> int:
-        """Let every unit go, and the slots, the threads and the files with them.
+    def change(self, work: Callable[[States], Changed]) -> Changed:
+        """Have units go or come back between forwards, with hooks on that tell of all of them.
 
         Args:
-            keep_changed: leave parameters that are not as they were loaded in memory, instead of refusing.
+            work: is given the states of the units.
 
         Returns:
-            The bytes of the parameters that went.
-
-        Raises:
-            StreamedModel: a parameter was changed, or the model was closed.
-        """
-        with self._changing():
-            return self._states.park(keep_changed=keep_changed)
-
-    def wake(self) -> None:
-        """Bring back what was there when the model was parked.
+            What `work` returned.
 
         Raises:
             StreamedModel: the model was closed.
-            LoadstoneError: its files cannot be read, or are not those whose headers were read.
         """
-        if self.is_parked:
-            with self._changing():
-                self._states.wake()
-
-    def limit(self, limit_bytes: int | None) -> None:
-        """Let units go, or bring them back, so that the weights take at most so much.
-
-        Args:
-            limit_bytes: what is kept and the slots together; None for no limit.
-
-        Raises:
-            ValueError: not even the slots fit.
-            StreamedModel: the model was closed.
-            LoadstoneError: files cannot be read, or are not those whose headers were read.
-        """
-        with self._changing():
-            self._states.limit(limit_bytes)
+        self._drop_lost_turn()
+        with self._turn:
+            self._refuse_if_closed("the model")
+            were_on = self._hooks.are_on
+            self._num_changing += 1
+        try:
+            with self._turn:
+                self._know_all()
+            if not were_on:
+                self._hooks.wait_for_others()
+            with self._turn:
+                return work(self._states)
+        finally:
+            with self._turn:
+                self._num_changing -= 1
+                self._release_hooks()
 
     def ask(self, nbytes: int) -> None:
         """Give back so many bytes as soon as that can be done, or take so many again where they are less than 0."""
         self._states.shortage.asked_bytes = nbytes
-        if self._turn.acquire(blocking=False):
+        if self._turn.try_acquire():
             try:
                 if not self._entered:  # no forward is under way
                     self._settle()
@@ -316,60 +327,53 @@ class Residency:
     def _entries(self) -> list[tuple[str, tuple[str, ...]]]:
         return [(unit.name, unit.entries) for unit in self._units.values()]
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Have the turn between forwards, with hooks on that tell of all of them."""
-        with self._having_turn():
-            self._refuse_if_closed("the model")
-            were_on = self._hooks.are_on
-            self._num_changing += 1
-        try:
-            with self._having_turn():
-                if self._entered:  # by this thread, whose forward was ended by an interrupt
-                    self._abandon()
-                self._know_all()
-            if not were_on:
-                self._hooks.wait_for_others()
-            with self._having_turn():
-                yield
-        finally:
-            with self._having_turn():
-                self._num_changing -= 1
-                self._release_hooks()
-
-    def _take_turn(self) -> None:
-        """Wait for the turn, in a queue: a thread that computes on and on must not keep all others out."""
-        if self.is_computing():
-            self._turn.acquire()
-            return
-        with self._door:
-            self._turn.acquire()
-
-    @contextmanager
-    def _having_turn(self) -> Iterator[None]:
-        self._take_turn()
-        try:
-            yield
-        finally:
+    def _begin(self, entered: str) -> bool:
+        """A forward begins: take the turn, and have what is needed for it. False where nobody is told of forwards."""
+        self._turn.acquire()
+        if not self._hooks.are_on:  # they were taken off while this thread waited
             self._turn.release()
+            return False
+        if not self._entered:
+            self._meter.start()
+        self._entered.append(entered)
+        self._be_ready()
+        return True
 
-    def _release(self, *, failed: bool) -> None:
+    def _left(self, entered: str, *, failed: bool) -> None:
+        """One forward is over, and with the outermost the turn."""
+        self._entered.remove(entered)
+        if not self._entered:
+            self._meter.stop()
         if not failed:  # torch walks over the hooks while it handles an error
             self._release_hooks()
         self._turn.release()
+
+    def _check_files(self) -> None:
+        if not self._states.is_whole:
+            self._ring.check(self.refill.check_all)
+
+    def _relieve(self, error: BaseException | None) -> None:
+        """Give memory back where a forward ended because there was too little of it."""
+        if self._entered == [""] and error is not None and is_out_of_memory(error) and not torch.is_grad_enabled():
+            self._know_all()
+            self._states.relieve(error)
 
     def _release_hooks(self) -> None:
         """Leave the module alone once all of it is there to stay."""
         if self._states.is_whole and not self._entered and not self._num_changing:
             self._hooks.remove()
 
-    def _abandon(self) -> None:
-        """Forget forwards of this thread that never ended."""
+    def _drop_lost_turn(self) -> None:
+        """Give the turn back where an interrupt (Ctrl-C) ended this thread's last forward without a word."""
+        if self._turn.is_mine:
+            self._forget()
+            self._turn.drop()
+
+    def _forget(self) -> None:
+        """Forget forwards that never ended."""
         for slot in self._ring.slots:
             if slot.state is State.USED:
                 self._let_go(slot)
-        for _ in self._entered:
-            self._turn.release()
         self._entered.clear()
 
     def _refuse_if_closed(self, what: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from loadstone.errors import StreamedModel
+from loadstone.events import NO_TRACE, Tracer
 from loadstone.execute.prefetch import Order
 from loadstone.stream.memory import Bytes, anonymous
 from loadstone.stream.read import Batch
@@ -61,8 +63,10 @@ class Ring:
         uses: how often a unit was computed with.
         hits: uses whose unit was in memory already.
         unforeseen: uses whose unit was not even on its way.
-        streamed_bytes: read for them.
-        stall_s: how long was waited.
+        streamed_bytes: read for them, and of rows that were looked up.
+        stall_s: how long that was waited for.
+        pass_bytes: what one use of every unit reads.
+        tracer: keeps what is waited for.
     """
 
     def __init__(self, refill: Refill) -> None:
@@ -71,6 +75,8 @@ class Ring:
         self.units: tuple[str, ...] = ()
         self.uses = self.hits = self.unforeseen = self.streamed_bytes = 0
         self.stall_s = 0.0
+        self.pass_bytes = 0
+        self.tracer: Tracer = NO_TRACE
         self._refill = refill
         self._order = Order(())
 
@@ -84,6 +90,7 @@ class Ring:
         sizes = self._refill.slot_sizes(num_slots, units)
         if tuple(units) != self.units:
             self.units, self._order = tuple(units), Order(tuple(units))
+            self.pass_bytes = sum(self._refill.recipes[unit].moved_bytes for unit in units)
         for unit in self.where.keys() - set(units):
             self._empty(self.where[unit])
         kept: list[Slot] = []
@@ -119,30 +126,45 @@ class Ring:
             self.unforeseen += 1
             slot = self._spare(unit)
             self._begin(unit, slot, priority=-1)
-        try:
-            if slot.state is State.COMING and slot.batch is not None:
-                self._wait(slot, slot.batch)
-            else:
-                self.hits += 1
-            self._refill.check(unit)
-        except BaseException:
-            self._empty(slot)
-            raise
+        if slot.state is State.COMING and slot.batch is not None:
+            self._wait(slot, slot.batch)
+        else:
+            self.hits += 1
+        self.check(partial(self._refill.check, unit))
         return slot
 
     def _wait(self, slot: Slot, batch: Batch) -> None:
         begin = time.perf_counter()
         self.hits += batch.is_over
-        batch.wait()
+        try:
+            batch.wait()
+        except BaseException:
+            self._empty(slot)
+            raise
         self.stall_s += time.perf_counter() - begin
         self.streamed_bytes += batch.total_bytes
+        self.tracer.span("wait", slot.unit, begin, batch.total_bytes)
         slot.state, slot.batch = State.READY, None
+
+    def check(self, files: Callable[[], None]) -> None:
+        """Check files; what was read ahead of wrong ones is dropped, for the right ones may be put back.
+
+        Args:
+            files: raises where they are wrong.
+        """
+        try:
+            files()
+        except BaseException:
+            for slot in self.slots:
+                if slot.state is not State.USED:
+                    self._empty(slot)
+            raise
 
     def read_ahead(self) -> None:
         """Fill every slot that is not needed with what comes next, each unit into the smallest that it fits in."""
         free = [slot for slot in self.slots if slot.state is not State.USED]
         soon = self._order.coming(len(free))
-        spare = [slot for slot in free if slot.unit not in soon]
+        spare = [slot for slot in free if slot.unit not in soon or self.where.get(slot.unit) is not slot]
         for unit in soon:
             fitting = [slot for slot in spare if self._has_room(slot, unit)]
             if unit not in self.where and fitting:
@@ -166,15 +188,19 @@ class Ring:
 
     def _begin(self, unit: str, slot: Slot, *, priority: int) -> None:
         self._empty(slot)
-        slot.batch = self._refill.fill(unit, slot.data, priority=priority)
+        # Known before it runs, and found only once it runs: an interrupt can come at any line.
+        slot.batch = self._refill.batch(unit, slot.data)
+        self._refill.reader.begin(slot.batch, priority)
         slot.state, slot.unit = State.COMING, unit
         self.where[unit] = slot
 
     def _empty(self, slot: Slot) -> None:
+        if self.where.get(slot.unit) is slot:
+            del self.where[slot.unit]
+        slot.state, slot.unit = State.EMPTY, ""
         if slot.batch is not None:
             slot.batch.cancel()
-        self.where.pop(slot.unit, None)
-        slot.state, slot.unit, slot.batch = State.EMPTY, "", None
+            slot.batch = None
 
 
 def kept_output(output: Any, slot: Bytes) -> Any:

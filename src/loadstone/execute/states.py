@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from loadstone.errors import StreamedModel
 from loadstone.execute import spread
+from loadstone.execute.expert_room import ExpertRoom
 from loadstone.execute.kept import Kept, Unit
 from loadstone.execute.pressure import Pressed, Shortage, Watch, asked_for_bytes
 from loadstone.execute.slots import Ring
@@ -48,6 +49,7 @@ class States:
         parked: the units to bring back, where the model is parked.
         shortage: what went for want of memory.
         watch: looks at free memory.
+        room: of experts that come one by one, which are never there to stay.
     """
 
     def __init__(self, units: dict[str, Unit], ring: Ring, refill: Refill, num_slots: int, pressed: Pressed) -> None:
@@ -55,6 +57,7 @@ class States:
         self.parked: frozenset[str] | None = None
         self.shortage = Shortage()
         self.watch = Watch(pressed)
+        self.room: ExpertRoom | None = None
         self._ring = ring
         self._refill = refill
         self._kept = Kept(units, refill)
@@ -65,7 +68,7 @@ class States:
     @property
     def is_whole(self) -> bool:
         """Whether all of the model is there to stay."""
-        return self.parked is None and all(unit.is_kept for unit in self.units.values())
+        return self.parked is None and self.room is None and all(unit.is_kept for unit in self.units.values())
 
     def adopt(self, adopted: Adopted) -> None:
         """Know what was loaded to stay."""
@@ -73,7 +76,17 @@ class States:
         self.units |= {unit.name: unit for unit in adopted.units}
 
     def park(self, *, keep_changed: bool) -> int:
-        """Let every unit go; see `Residency.park`."""
+        """Let every unit go, and the slots, the room of experts, the threads and the files with them.
+
+        Args:
+            keep_changed: leave parameters that are not as they were loaded in memory, instead of refusing.
+
+        Returns:
+            The bytes of the parameters that went.
+
+        Raises:
+            StreamedModel: a parameter was changed, or no file can give anything back.
+        """
         if self.parked is not None:
             return 0
         changed = self._changed()
@@ -84,7 +97,7 @@ class States:
                 "with park(keep_changed=True)."
             )
         pieces = self._kept.pieces()
-        if not pieces:
+        if not pieces and self.room is None:
             raise StreamedModel(
                 "park: expected weights that their files can give back, found none; what torch converts, and what is "
                 "loaded under torch.inference_mode(), stay in memory. Drop the model and load it again instead."
@@ -96,18 +109,30 @@ class States:
         return nbytes
 
     def wake(self) -> None:
-        """Bring back what was there when the model was parked; see `Residency.wake`."""
+        """Bring back what was there when the model was parked.
+
+        Raises:
+            LoadstoneError: its files cannot be read, or are not those whose headers were read.
+        """
         if self.parked is not None:
             self._kept.promote(self.parked)
             self.parked = None
             self.stream()
 
     def limit(self, limit_bytes: int | None) -> None:
-        """Let units go, or bring them back; see `Residency.limit`."""
+        """Let units go, or bring them back, so that the weights take at most so much.
+
+        Args:
+            limit_bytes: what is kept, the slots and the room of experts together; None for no limit.
+
+        Raises:
+            ValueError: not even the slots fit.
+            LoadstoneError: files cannot be read, or are not those whose headers were read.
+        """
         pieces = [self._as_woken(piece) for piece in self._kept.pieces()]
         known = {piece.name for piece in pieces}
         fixed = sum(unit.nbytes for unit in self.units.values() if unit.name not in known)
-        fixed += self._adopted.fixed_bytes
+        fixed += self._adopted.fixed_bytes + (self.room.counts.room_bytes if self.room is not None else 0)
         least = fixed + spread.least_bytes(pieces, self._num_slots)
         if limit_bytes is not None and limit_bytes < least:
             raise ValueError(
@@ -168,7 +193,9 @@ class States:
         for unit in self.units.values():
             for table in unit.tables.values():
                 table.drop()
-        self._refill.rest()
+        if self.room is not None:
+            self.room.rest()
+        self._refill.close()
 
     def _as_woken(self, piece: spread.Piece) -> spread.Piece:
         return piece if self.parked is None else replace(piece, is_kept=piece.name in self.parked)

@@ -37,6 +37,25 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Assisted:
+    """How many tokens passes have yielded, where tokens were foretold.
+
+    Attributes:
+        num_tokens: that came out.
+        num_passes: forwards of the model, the one over the prompt included.
+        num_proposed: tokens that were foretold.
+        num_accepted: those of them that came true.
+        note: why nothing was foretold, or nothing any more; "" where it was.
+    """
+
+    num_tokens: int = 0
+    num_passes: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
     """What came out.
 
@@ -46,6 +65,7 @@ class Generated:
         num_new_tokens: tokens that came out.
         first_token_s: seconds from the call to the first token.
         tokens_per_s: over all tokens after the first; 0 where there was only one.
+        assisted: what was foretold; None where nothing was to be.
     """
 
     text: str
@@ -53,6 +73,7 @@ class Generated:
     num_new_tokens: int
     first_token_s: float
     tokens_per_s: float
+    assisted: Assisted | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +85,18 @@ class Streaming:
         num_slots: how many units are in memory at a time; with two or more, one is read while another computes.
         tensors: the names of their tensors in the checkpoint, as far as they are known before the class is: these are
             not brought in ahead.
+        expert_tensors: those of experts that share the room for experts, by their names in the checkpoint; where it is
+            empty all fused experts of the units do.
+        expert_bytes: the memory that fused experts of all layers together may take; 0 for experts that come whole,
+            with their unit.
         unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
     """
 
     units: tuple[str, ...] = ()
     num_slots: int = 2
     tensors: frozenset[str] = frozenset()
+    expert_tensors: frozenset[str] = frozenset()
+    expert_bytes: int = 0
     unit_of: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -88,6 +115,14 @@ class StreamStats:
         num_slots: how many of them are in memory at a time.
         slot_bytes: the memory of all slots.
         pass_bytes: what one use of every unit reads.
+        pass_s: how long all forwards took together.
+        read_bytes: read from the files, with what was read ahead and is not used yet.
+        read_s: how long at least one thread was reading.
+        expert_uses: how often routers chose an expert's parameter.
+        expert_hits: such choices of what was in memory already.
+        expert_bytes: read from the files for experts; part of `streamed_bytes`.
+        room_bytes: the memory that experts take at most.
+        disk_bytes_per_s: what the disk was measured to do at best; None where that was not measured.
         given_back_bytes: of units that left memory because it was short, each time they did.
     """
 
@@ -101,4 +136,32 @@ class StreamStats:
     num_slots: int
     slot_bytes: int
     pass_bytes: int
+    pass_s: float
+    read_bytes: int
+    read_s: float
+    expert_uses: int = 0
+    expert_hits: int = 0
+    expert_bytes: int = 0
+    room_bytes: int = 0
+    disk_bytes_per_s: float | None = None
     given_back_bytes: int = 0
+
+    @property
+    def compute_s(self) -> float:
+        """What forwards did besides waiting."""
+        return max(0.0, self.pass_s - self.stall_s)
+
+    @property
+    def waited_share(self) -> float:
+        """The part of the time of all forwards that they waited for the disk, 0 to 1."""
+        return min(1.0, self.stall_s / self.pass_s) if self.pass_s else 0.0
+
+    @property
+    def overlap(self) -> float:
+        """The part of the time of reading in which nobody waited for it, 0 to 1."""
+        return max(0.0, 1 - self.stall_s / self.read_s) if self.read_s else 0.0
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """How fast the files were read while they were read."""
+        return self.read_bytes / self.read_s if self.read_s else 0.0

@@ -94,7 +94,7 @@ def find_machine(name_or_path: str | Path) -> Machine:
     if name in gallery():
         return read_machine(_GALLERY / f"{name}.json")
     path = local_path(name_or_path)
-    if path.exists():
+    if name and path.exists():
         return read_machine(path)
     import difflib  # a machine that is found is read sooner
 
@@ -102,7 +102,7 @@ def find_machine(name_or_path: str | Path) -> Machine:
     meant = f'; did you mean "{close[0]}"?' if close else "."
     names = ", ".join(gallery())
     raise InvalidMachine(
-        f"{name}: expected a machine that was saved or one of the gallery ({names}), found neither{meant}"
+        f"{name or 'machine'}: expected a machine that was saved or one of the gallery ({names}), found neither{meant}"
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from loadstone.errors import DeviceUnavailable
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes, transfer_s, work
+from loadstone.plan.experts import ring_bytes
 from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.place import Assignment, Missing
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
@@ -16,11 +18,12 @@ from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
 AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 
 
-def checked_map(given: str | Mapping[str, str | int] | None, machine: Machine) -> dict[str, str] | None:
+def checked_map(given: Any, machine: Machine) -> dict[str, str] | None:
     """A device map with the machine's own ids.
 
     Args:
-        given: one of `AUTOMATIC`, a device for everything, or devices (or "disk") by the start of names.
+        given: one of `AUTOMATIC`, a device for everything, or devices (or "disk") by the start of names; devices are
+            texts, numbers of GPUs, or torch's own.
         machine: what is there.
 
     Returns:
@@ -28,17 +31,20 @@ def checked_map(given: str | Mapping[str, str | int] | None, machine: Machine) -
 
     Raises:
         DeviceUnavailable: it names a device that is not there.
-        ValueError: it is empty.
+        ValueError: it is empty, or no map.
     """
     if given is None or (isinstance(given, str) and given in AUTOMATIC):
         return None
-    pairs = {"": given} if isinstance(given, str) else dict(given)
+    expected = 'expected "auto", a device, or devices by the start of module names.'
+    if isinstance(given, Collection) and not isinstance(given, str | Mapping):
+        raise ValueError(f"device_map is {str(given)[:40]}; {expected}")
+    pairs = dict(given) if isinstance(given, Mapping) else {"": given}
     if not pairs:
-        raise ValueError('device_map is empty; expected "auto", a device, or devices by the start of module names.')
+        raise ValueError(f"device_map is empty; {expected}")
     found = {}
     for name, device in pairs.items():
         try:
-            found[name] = DISK if device == DISK else device_id(device, machine)
+            found[name] = DISK if device == DISK else device_id(str(device), machine)
         except DeviceUnavailable as error:
             where = f' for "{name}"' if name else ""
             raise DeviceUnavailable(f"device_map{where}: {error}") from None
@@ -112,15 +118,14 @@ def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
     return Missing(nbytes=missing)
 
 
-def _rings(problem: Problem, streamed: Iterable[Assignment], num_slots: int) -> dict[str, int]:
-    slots: dict[str, int] = {}
+def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> dict[str, int]:
+    units: dict[str, list[Unit]] = {}
     rows: dict[str, int] = {}
     for one in streamed:
+        units.setdefault(one.compute, []).append(one.unit)
         if one.unit.kind is UnitKind.EMBEDDING:
             rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
-        else:
-            slots[one.compute] = max(slots.get(one.compute, 0), one.unit.memory_bytes)
-    return {device: num_slots * slots.get(device, 0) + rows.get(device, 0) for device in {**slots, **rows}}
+    return {device: ring_bytes(away, num_slots) + rows.get(device, 0) for device, away in units.items()}
 
 
 def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]) -> int:

@@ -24,6 +24,9 @@ _MOST_TRIED_UNITS = 700
 # Units of which a token needs only a part.
 _SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
 
+# What stays together on the walk, with its bytes.
+_Step = tuple[int, list[Unit]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -67,7 +70,8 @@ class Problem:
 
     def cache_of(self, units: Iterable[Unit]) -> int:
         """What the layers of these units keep between passes."""
-        orders = {unit.order for unit in units if unit.kind is not UnitKind.EXPERT}
+        expert = UnitKind.EXPERT
+        orders = {unit.order for unit in units if unit.kind is not expert}
         return sum(self.cache_bytes.get(order, 0) for order in orders)
 
     def host_room(self, computing: Sequence[Unit], num_accelerators: int) -> int:
@@ -122,8 +126,9 @@ def _ways(problem: Problem) -> Iterator[Layout | Missing]:
     units = problem.inventory.units
     accelerators = [device for device in problem.devices if device.kind != "cpu"]
     usable = [device for device in accelerators if problem.device_room(device.id) > 0]
+    steps = _steps(problem)
     for count in range(1, len(usable) + 1):
-        segments = _balanced(problem, usable[:count])
+        segments = _balanced(problem, steps, usable[:count])
         if segments is not None:
             whole = _on_accelerators(problem, segments, whole=True)
             yield whole
@@ -131,7 +136,7 @@ def _ways(problem: Problem) -> Iterator[Layout | Missing]:
                 return  # all of it is resident; more devices would only pass activations on
             break
     if problem.offload and usable:
-        yield _streamed_to(problem, usable)
+        yield _streamed_to(problem, steps, usable)
     discrete = [device for device in usable if device.kind not in SHARED_MEMORY]
     for count in range(len(discrete), 0, -1) if problem.host_computes else ():
         # Each accelerator takes a little of the host, too, so fewer of them can be better.
@@ -190,24 +195,24 @@ def _on_accelerators(
     return _joined(placed)
 
 
-def _streamed_to(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
+def _streamed_to(problem: Problem, steps: Sequence[_Step], devices: Sequence[Device]) -> Layout | Missing:
     """The accelerators with what they cannot keep brought to them; without the smallest where it cannot hold a ring."""
     left = list(devices)
-    steps = _steps(problem)
     missing: list[int] = []
     while left:
         cuts = _in_proportion(steps, [problem.device_room(device.id) for device in left])
         layout = _on_accelerators(problem, _cut(steps, left, cuts), whole=False)
         if isinstance(layout, Layout):
-            return _better_cuts(problem, left, cuts, layout)
+            return _better_cuts(problem, steps, left, cuts, layout)
         missing.append(layout.nbytes)
         left.remove(min(left, key=lambda device: problem.device_room(device.id)))
     return Missing(nbytes=min(missing))
 
 
-def _better_cuts(problem: Problem, devices: Sequence[Device], cuts: list[int], best: Layout) -> Layout:
+def _better_cuts(
+    problem: Problem, steps: Sequence[_Step], devices: Sequence[Device], cuts: list[int], best: Layout
+) -> Layout:
     """Move the borders between devices by a block at a time, as long as that helps and is not too much work."""
-    steps = _steps(problem)
     tries = _MOST_TRIED_UNITS // max(1, len(problem.inventory.units))
     improved = len(devices) > 1
     while improved and tries > 0:
@@ -236,7 +241,9 @@ def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Mi
     left = problem.device_room(queue[0].id)
     rest: list[Unit] = []
     for unit in wanted:
-        size = unit.memory_bytes + problem.cache_of([unit])
+        size = unit.memory_bytes
+        if unit.kind is not UnitKind.EXPERT:
+            size += problem.cache_bytes.get(unit.order, 0)
         while queue and size > left:
             queue.pop(0)
             left = problem.device_room(queue[0].id) if queue else 0
@@ -272,10 +279,11 @@ def _joined(placed: Mapping[str, Placed], host: Layout | None = None) -> Layout:
     )
 
 
-def _balanced(problem: Problem, devices: Sequence[Device]) -> list[tuple[Device, list[Unit]]] | None:
+def _balanced(
+    problem: Problem, steps: Sequence[_Step], devices: Sequence[Device]
+) -> list[tuple[Device, list[Unit]]] | None:
     """Consecutive shares that are resident whole, each about as full as the others; None where they do not fit."""
     rooms = [problem.device_room(device.id) for device in devices]
-    steps = _steps(problem)
     best = _packed(steps, rooms)
     if best is None:
         return None
@@ -287,7 +295,7 @@ def _balanced(problem: Problem, devices: Sequence[Device]) -> list[tuple[Device,
     return [(device, units) for device, units in zip(devices, best, strict=True) if units]
 
 
-def _steps(problem: Problem) -> list[tuple[int, list[Unit]]]:
+def _steps(problem: Problem) -> list[_Step]:
     """The walk in steps that stay together, a block with its experts, each with its bytes."""
     steps: dict[int, list[Unit]] = {}
     for unit in problem.inventory.units:
@@ -295,7 +303,7 @@ def _steps(problem: Problem) -> list[tuple[int, list[Unit]]]:
     return [(sum(unit.memory_bytes for unit in units) + problem.cache_of(units), units) for units in steps.values()]
 
 
-def _packed(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> list[list[Unit]] | None:
+def _packed(steps: Sequence[_Step], rooms: Sequence[int]) -> list[list[Unit]] | None:
     """Fill one device after another; None where the last is full too early."""
     shares: list[list[Unit]] = [[] for _ in rooms]
     index, left = 0, rooms[0]
@@ -310,7 +318,7 @@ def _packed(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> li
     return shares
 
 
-def _in_proportion(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]) -> list[int]:
+def _in_proportion(steps: Sequence[_Step], rooms: Sequence[int]) -> list[int]:
     """Where to cut the walk for shares in proportion to the devices' room, where not all of it can be resident."""
     total, room = sum(size for size, _ in steps) or 1, sum(rooms)
     cuts: list[int] = []
@@ -323,9 +331,7 @@ def _in_proportion(steps: Sequence[tuple[int, list[Unit]]], rooms: Sequence[int]
     return cuts + [len(steps)] * (len(rooms) - 1 - len(cuts))
 
 
-def _cut(
-    steps: Sequence[tuple[int, list[Unit]]], devices: Sequence[Device], cuts: Sequence[int]
-) -> list[tuple[Device, list[Unit]]]:
+def _cut(steps: Sequence[_Step], devices: Sequence[Device], cuts: Sequence[int]) -> list[tuple[Device, list[Unit]]]:
     """The shares of the devices; those that get nothing are left out."""
     bounds = [0, *cuts, len(steps)]
     shares = [

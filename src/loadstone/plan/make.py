@@ -28,7 +28,7 @@ from loadstone.plan.reserve import (
     terms,
 )
 from loadstone.plan.units import Inventory, inventory
-from loadstone.plan.values import HOST, Asked, Plan
+from loadstone.plan.values import HOST, Asked, Plan, Run, UnitKind
 from loadstone.units import format_bytes
 
 
@@ -84,7 +84,20 @@ def check_asked(asked: Asked) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    run = asked.run
+    check_run(asked.run)
+    if asked.device is not None and asked.device_map is not None:
+        raise ValueError("device and device_map both say where the model goes; give one of them.")
+    streams = isinstance(asked.device_map, Mapping) and "disk" in asked.device_map.values()
+    if streams and not asked.offload:
+        raise ValueError('device_map puts modules on "disk", which offload=False forbids; drop one of them.')
+
+
+def check_run(run: Run) -> None:
+    """Refuse counts that mean nothing.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     for name in ("context", "batch", "prompt_tokens"):
         value = getattr(run, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -94,11 +107,6 @@ def check_asked(asked: Asked) -> None:
             f"prompt_tokens is {run.prompt_tokens:,} but the context of prompt and answer together is only "
             f"{run.context:,}; shorten the prompt or raise the context."
         )
-    if asked.device is not None and asked.device_map is not None:
-        raise ValueError("device and device_map both say where the model goes; give one of them.")
-    streams = isinstance(asked.device_map, Mapping) and "disk" in asked.device_map.values()
-    if streams and not asked.offload:
-        raise ValueError('device_map puts modules on "disk", which offload=False forbids; drop one of them.')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +135,7 @@ class _Planner:
             dtype=case.dtype.value,
             placements=placements(problem, layout),
             devices=device_plans(problem, layout, logits_bytes(case.terms)),
-            prediction=prediction(problem, layout),
+            prediction=prediction(problem, layout, generates=case.facts.caches),
             num_slots=layout.num_slots,
             reasons=tuple(_reasons(case, asked, layout)),
             label=label,
@@ -166,7 +174,8 @@ def _rearranged_bytes(found: Inventory) -> int:
     for name, info in found.tensors.items():
         if name in found.rearranged:
             most = max(most, 8 * info.numel)
-        elif info.strides is not None or not info.is_aligned:
+        # No element is wider than 16 bytes.
+        elif info.strides is not None or (info.offset % 16 and not info.is_aligned):
             most = max(most, 4 * info.numel + info.nbytes)
     return most
 
@@ -183,10 +192,12 @@ def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
         yield f"all {format_bytes(total)} of weights are resident on {', '.join(devices)}"
         return
     kept = total - sum(one.unit.memory_bytes for one in streamed)
-    yield (
-        f"{format_bytes(kept)} of {format_bytes(total)} of weights are resident; what is streamed is spread evenly "
-        "between them, so that it travels while they compute"
-    )
+    resident = f"{format_bytes(kept)} of {format_bytes(total)} of weights are resident"
+    if all(one.unit.kind is UnitKind.EMBEDDING for one in streamed):
+        names = ", ".join(one.unit.name for one in streamed)
+        yield f"{resident}; of {names} only the rows that are looked up are read"
+    else:
+        yield f"{resident}; what is streamed is spread evenly between them, so that it travels while they compute"
     if layout.num_slots == 1:
         yield "only one slot fits, so computing waits while a unit is brought in"
     if len(devices) > 1 and HOST in devices:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.experts import ring_bytes
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
 # How many sizes of a slot are tried: each makes all larger units resident.
@@ -96,12 +97,14 @@ class _Group:
     Attributes:
         units: in execution order.
         size: of one in the device's memory.
+        slot: what one takes of the ring.
         rows_bytes: of a table: the rows of one pass, which is all that must be held of it; None for other units.
         gain: seconds that a resident byte saves in a decoding pass, then in the pass over the prompt.
     """
 
     units: tuple[Unit, ...]
     size: int
+    slot: int
     rows_bytes: int | None
     gain: tuple[float, float]
 
@@ -117,6 +120,8 @@ class _Choice:
         slot_bytes: of one slot.
         left_bytes: room that is left.
         split: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
+        pass_s: a decoding pass, then the pass over the prompt.
+        moving_s: the part of each that moving would take alone.
     """
 
     groups: Sequence[_Group]
@@ -126,11 +131,12 @@ class _Choice:
     left_bytes: int
     split: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
     pass_s: tuple[float, float] = field(default=(0.0, 0.0))
+    moving_s: tuple[float, float] = field(default=(0.0, 0.0))
 
 
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
-    return (unit.kind, unit.memory_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
+    return (unit.kind, unit.memory_bytes, unit.slot_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
 
 
 def place(segment: Segment) -> Placed | Missing:
@@ -160,8 +166,8 @@ def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple
         if isinstance(choice, int):
             missing = choice if missing < 0 else min(missing, choice)
             continue
-        choice.pass_s = _pass_s(segment, choice)
-        if best is None or _run_s(segment, choice) < _run_s(segment, best):
+        choice.pass_s, choice.moving_s = _pass_s(segment, choice)
+        if best is None or _cost(segment, choice) < _cost(segment, best):
             best = choice
     return (missing if missing >= 0 else 0), best
 
@@ -170,7 +176,7 @@ def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
     """Slot sizes and counts to try. No slot at all means that everything which needs one stays."""
     yield 0, 0
     if segment.offload:
-        sizes = sorted({group.size for group in groups if _is_slotted(group)}, reverse=True)
+        sizes = sorted({group.slot for group in groups if _is_slotted(group)}, reverse=True)
         # The largest ones differ most; the smallest is what fits when nothing else does.
         for size in sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]:
             for num_slots in _SLOT_COUNTS:
@@ -202,7 +208,8 @@ def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
     is_table = unit.kind is UnitKind.EMBEDDING and segment.offload
     rows = rows_bytes(unit, max(segment.tokens)) if is_table else None
     # Rounded, so that units which differ by rounding only are taken by size.
-    return _Group(units=units, size=unit.memory_bytes, rows_bytes=rows, gain=(_rounded(decode), _rounded(prompt)))
+    gain = (_rounded(decode), _rounded(prompt))
+    return _Group(units=units, size=unit.memory_bytes, slot=unit.slot_bytes, rows_bytes=rows, gain=gain)
 
 
 def _rounded(value: float) -> float:
@@ -211,8 +218,19 @@ def _rounded(value: float) -> float:
 
 def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
-    required = [_is_slotted(group) and group.size > slot_bytes for group in groups]
-    left = segment.room_bytes - num_slots * slot_bytes
+    choice = _filled_beside(segment, groups, (slot_bytes, num_slots), 0)
+    if isinstance(choice, _Choice):
+        kinds = {group.units[0].kind is UnitKind.EXPERT for group in _streamed_groups(choice) if _is_slotted(group)}
+        if len(kinds) < 2:
+            return choice
+    # Experts have a room apart from the ring.
+    return _filled_beside(segment, groups, (slot_bytes, num_slots), _expert_bytes(groups, slot_bytes, num_slots))
+
+
+def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int], expert_bytes: int) -> _Choice | int:
+    slot_bytes, num_slots = ring
+    required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
+    left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
     left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
     left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
     if left < 0:
@@ -230,6 +248,17 @@ def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: 
             _split_one(segment, choice, index)
             break
     return choice
+
+
+def _expert_bytes(groups: Sequence[_Group], slot_bytes: int, num_slots: int) -> int:
+    """The most that is needed beside the ring where experts and others may be streamed; see `ring_bytes`."""
+    largest: dict[bool, int] = {}
+    for group in groups:
+        if _is_slotted(group) and group.slot <= slot_bytes:
+            is_expert = group.units[0].kind is UnitKind.EXPERT
+            largest[is_expert] = max(group.slot, largest.get(is_expert, 0))
+    apart = num_slots * largest[False] + largest[True] if len(largest) == 2 else 0
+    return max(0, apart - num_slots * slot_bytes)
 
 
 def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
@@ -275,10 +304,11 @@ def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]
         yield unit, count, fitting
 
 
-def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
+def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Both kinds of pass, and what moving alone would take."""
     rate = segment.speeds.compute[segment.device]
     homes = list(_homes(segment, choice))
-    seconds = []
+    seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
         compute = segment.cache_bytes / rate.weight_bytes_per_s if index == 0 else 0.0
         compute += sum(len(group.units) * work(group.units[0], rate, tokens).seconds for group in choice.groups)
@@ -289,11 +319,13 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[float, float]:
         )
         slots = choice.num_slots or max(_SLOT_COUNTS)
         seconds.append(overlapped_s(compute, moving, slots))
-    return (seconds[0], seconds[1])
+        alone.append(moving)
+    return (seconds[0], seconds[1]), (alone[0], alone[1])
 
 
-def _run_s(segment: Segment, choice: _Choice) -> float:
-    return run_s(choice.pass_s, segment.num_passes)
+def _cost(segment: Segment, choice: _Choice) -> tuple[float, float]:
+    """A run's seconds; of equal ones, what moves less is better: rates are never quite what was measured."""
+    return run_s(choice.pass_s, segment.num_passes), run_s(choice.moving_s, segment.num_passes)
 
 
 def run_s(pass_s: tuple[float, float], num_passes: int) -> float:
@@ -325,13 +357,11 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
-    slotted = [
-        one.unit.memory_bytes for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING
-    ]
+    away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
-        num_slots=choice.num_slots if slotted else 0,
-        ring_bytes=choice.num_slots * max(slotted, default=0) + rows,
+        num_slots=choice.num_slots if away else 0,
+        ring_bytes=ring_bytes(away, choice.num_slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
     )

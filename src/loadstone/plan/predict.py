@@ -9,6 +9,9 @@ from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.place import Assignment, likeness
 from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit, UnitKind
 
+# By compute device: one of each kind of assignment, in execution order, and how many are like it.
+_Tally = dict[str, list[tuple[Assignment, int]]]
+
 
 def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
     """Every unit of a layout as the plan tells it."""
@@ -90,16 +93,24 @@ def _held(device: str, assignments: Iterable[Assignment]) -> tuple[int, int]:
     return weights, mapped
 
 
-def prediction(problem: Problem, layout: Layout) -> Prediction:
-    """How long everything takes."""
+def prediction(problem: Problem, layout: Layout, *, generates: bool) -> Prediction:
+    """How long everything takes.
+
+    Args:
+        problem: units and rates.
+        layout: where everything lies.
+        generates: whether the model goes on token by token.
+    """
     load_s, load_bound_by = _load(problem, layout)
     decode_tokens, prompt_tokens = problem.tokens
+    tally = _tally(layout)
     return Prediction(
         load_s=load_s,
         load_bound_by=load_bound_by,
-        prefill=_pass(problem, layout, prompt_tokens, first=True),
-        decode=_pass(problem, layout, decode_tokens, first=False),
+        prefill=_pass(problem, layout, tally, prompt_tokens, first=True),
+        decode=_pass(problem, layout, tally, decode_tokens, first=False),
         measured=problem.speeds.measured,
+        generates=generates,
     )
 
 
@@ -124,15 +135,15 @@ def _load(problem: Problem, layout: Layout) -> tuple[float, str]:
     return seconds[bound], bound
 
 
-def _pass(problem: Problem, layout: Layout, tokens: int, *, first: bool) -> Pass:
+def _pass(problem: Problem, layout: Layout, tally: _Tally, tokens: int, *, first: bool) -> Pass:
     """One pass over all devices, one after another; on each, computing goes on over what is brought in."""
     speeds = problem.speeds
     total = {"compute": 0.0, "memory": 0.0, "disk": 0.0, "link": 0.0}
     seconds = compute_s = moving_s = fill_s = 0.0
-    for device, alike in _tally(layout).items():
+    for device, alike in tally.items():
         rate = speeds.compute[device]
-        orders = (one.unit for one in layout.assignments if one.compute == device)
-        cache = 0.0 if first else problem.cache_of(orders) / rate.weight_bytes_per_s
+        there: Iterable[Unit] = () if first else (one.unit for one in layout.assignments if one.compute == device)
+        cache = problem.cache_of(there) / rate.weight_bytes_per_s
         computing, moving = cache, 0.0
         total["memory"] += cache
         for one, count in alike:
@@ -158,7 +169,7 @@ def _pass(problem: Problem, layout: Layout, tokens: int, *, first: bool) -> Pass
     )
 
 
-def _tally(layout: Layout) -> dict[str, list[tuple[Assignment, int]]]:
+def _tally(layout: Layout) -> _Tally:
     """By compute device: one of each kind of assignment, in execution order, and how many are like it."""
     first: dict[tuple[str, str, tuple[object, ...]], Assignment] = {}
     counts: dict[tuple[str, str, tuple[object, ...]], int] = {}
@@ -166,7 +177,7 @@ def _tally(layout: Layout) -> dict[str, list[tuple[Assignment, int]]]:
         key = (one.home, one.compute, likeness(one.unit))
         first.setdefault(key, one)
         counts[key] = counts.get(key, 0) + 1
-    found: dict[str, list[tuple[Assignment, int]]] = {}
+    found: _Tally = {}
     for key, example in first.items():
         found.setdefault(example.compute, []).append((example, counts[key]))
     return found

@@ -7,8 +7,8 @@ prefixes dropped; others stand as in the files, which is what nearly all of tran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from loadstone.architecture.blocks import Block, group_blocks, tied_groups
 from loadstone.architecture.keymap import WRAPPER_PREFIXES
@@ -17,6 +17,7 @@ from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.plan.facts import Facts
 from loadstone.plan.values import Unit, UnitKind
 
+_Form = tuple[str, str | None, tuple[int, ...]]
 _EXPERTS = ".experts."
 # Formats in which every name has bytes of its own.
 _NO_TIES = (".safetensors", ".gguf")
@@ -41,6 +42,7 @@ class Inventory:
         module_names: what each is called in the module.
         dtype: the model's main dtype.
         rearranged: tensors whose elements stand in another order in the module, by name in the checkpoint.
+        forms: what is known of tensors by dtype, encoding and shape.
     """
 
     units: tuple[Unit, ...]
@@ -48,6 +50,7 @@ class Inventory:
     module_names: Mapping[str, str]
     dtype: str
     rearranged: frozenset[str] = frozenset()
+    forms: dict[_Form, tuple[str, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def parts(self, unit: Unit) -> tuple[Unit, ...]:
         """The unit, module by module: `model.layers.3.mlp.up_proj`. One that is a single module is its own part."""
@@ -71,18 +74,19 @@ class Inventory:
 
     def unit(self, name: str, kind: UnitKind, order: int, tensors: Iterable[str], use_share: float = 1.0) -> Unit:
         """Add up tensors."""
-        stored = memory = mappable = largest = numel = 0
+        stored = memory = mappable = largest = numel = rearranged = 0
         names = tuple(tensors)
         # An expert's own tensor becomes a slice of the fused one that the class computes with: it cannot be mapped.
         is_slice = kind is UnitKind.EXPERT and name[-1].isdecimal()
         for tensor in names:
             info = self.tensors[tensor]
-            dtype, count = self.memory_dtype(info), info.numel
-            nbytes = nbytes_of(DTYPES[dtype], count)
+            dtype, count, nbytes = self._loaded(info)
             numel += count
             stored += info.nbytes
             memory += nbytes
             largest = max(largest, nbytes)
+            if tensor in self.rearranged or info.strides is not None:
+                rearranged += 4 * count  # decoded to float32 at most, and then moved
             if not is_slice and info.dtype == dtype and self._lies_ready(info):
                 mappable += info.nbytes
         return Unit(
@@ -96,7 +100,17 @@ class Inventory:
             mappable_bytes=mappable,
             largest_bytes=largest,
             use_share=use_share,
+            rearranged_bytes=rearranged,
         )
+
+    def _loaded(self, info: TensorInfo) -> tuple[str, int, int]:
+        """What it is kept in, its elements, and their bytes: worked out once for tensors of one form."""
+        form = (info.dtype, info.encoding, info.shape)
+        found = self.forms.get(form)
+        if found is None:
+            dtype, count = self.memory_dtype(info), info.numel
+            found = self.forms[form] = (dtype, count, nbytes_of(DTYPES[dtype], count))
+        return found
 
     def _lies_ready(self, info: TensorInfo) -> bool:
         plain = info.encoding is None and info.strides is None and info.is_aligned
@@ -118,19 +132,28 @@ def inventory(checkpoint: Checkpoint, facts: Facts, dtype: str) -> Inventory:
     bare = Inventory(
         units=(), tensors=checkpoint.tensors, module_names=module_names, dtype=dtype, rearranged=rearranged
     )
+    units: list[Unit] = []
+    for block, names in _blocks(bare):
+        units.extend(_units_of(block, names, bare, facts))
+    return replace(bare, units=tuple(_tied(units, bare, facts)))
+
+
+def _blocks(bare: Inventory) -> Iterator[tuple[Block, Sequence[str]]]:
+    """Blocks in the module's names, each with the names of its tensors in the checkpoint."""
+    infos, module_names = bare.tensors, bare.module_names
+    if all(name == module_name for name, module_name in module_names.items()):
+        for block in group_blocks(infos):
+            yield block, block.tensors
+        return
     by_module: dict[str, list[str]] = {}
     for name, module_name in module_names.items():
         by_module.setdefault(module_name, []).append(name)
-    infos = checkpoint.tensors
     renamed = {
         name: infos[name] if name == module_name else replace(infos[name], name=module_name)
         for name, module_name in module_names.items()
     }
-    units: list[Unit] = []
     for block in group_blocks(renamed):
-        names = [name for module_name in dict.fromkeys(block.tensors) for name in by_module[module_name]]
-        units.extend(_units_of(block, names, bare, facts))
-    return replace(bare, units=tuple(_tied(units, bare, facts)))
+        yield block, [name for module_name in dict.fromkeys(block.tensors) for name in by_module[module_name]]
 
 
 def _module_names(checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
@@ -150,10 +173,10 @@ def _module_names(checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str
         if step is None:
             break
         prefix += step
-    return {name: name[len(prefix) :] for name in checkpoint.tensors}, frozenset()
+    return {name: name.removeprefix(prefix) for name in checkpoint.tensors}, frozenset()
 
 
-def _units_of(block: Block, names: list[str], bare: Inventory, facts: Facts) -> list[Unit]:
+def _units_of(block: Block, names: Sequence[str], bare: Inventory, facts: Facts) -> list[Unit]:
     """One block as a unit, and a unit for each of its experts (or one for all, where one tensor holds them)."""
     if block.stack is None:
         kind = _kind(block.fqn, bare.tensors[names[0]])
@@ -218,10 +241,10 @@ def _tied(units: list[Unit], bare: Inventory, facts: Facts) -> list[Unit]:
 
 def _merged(units: list[Unit], groups: list[list[Unit]], head_tables: set[str]) -> list[Unit]:
     """Replace the units of each group by one, in the place of the last; groups that meet are one group."""
-    leader = {unit.name: unit.name for unit in units}
+    leader = {unit.name: unit.name for group in groups for unit in group}
 
     def root(name: str) -> str:
-        while leader[name] != name:
+        while leader.get(name, name) != name:
             name = leader[name]
         return name
 
@@ -233,7 +256,10 @@ def _merged(units: list[Unit], groups: list[list[Unit]], head_tables: set[str]) 
         together.setdefault(root(unit.name), []).append(unit)
     last = max((unit.order for unit in units), default=0) + 1
     merged = []
-    for members in together.values():
+    for name, members in together.items():
+        if name not in leader and name not in head_tables and members[0].kind is not UnitKind.HEAD:
+            merged += members  # tied to nothing, as nearly all are
+            continue
         is_head = any(member.name in head_tables for member in members)
         one = _one(members, is_head)
         # The walk ends with the head, also where its table is what is stored and the class names the head elsewhere.

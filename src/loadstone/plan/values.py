@@ -8,6 +8,8 @@ from enum import Enum
 
 DISK = "disk"
 HOST = "cpu"
+# What disks are read by past the page cache.
+_BLOCK_BYTES = 4096
 
 
 class UnitKind(Enum):
@@ -18,6 +20,9 @@ class UnitKind(Enum):
     EXPERT = "expert"
     HEAD = "head"
     OTHER = "other"
+
+    # Members exist once, so that their identity serves; Enum's own hash is Python and asked for a million times.
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +39,7 @@ class Unit:
         memory_bytes: what they take in memory, in the dtype they are computed in.
         mappable_bytes: the part of `memory_bytes` that can be used where it lies in the files.
         largest_bytes: the largest of their tensors in memory.
+        rearranged_bytes: what those take beside it whose elements stand in another order in the files.
         use_share: the part of the unit that one token touches: 1 for a block, a row's share for an embedding, the
             chosen share for experts.
     """
@@ -48,6 +54,12 @@ class Unit:
     mappable_bytes: int
     largest_bytes: int
     use_share: float = 1.0
+    rearranged_bytes: int = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """What a slot must have to read it into: each tensor begins as far into a block as it does in its file."""
+        return self.memory_bytes + self.rearranged_bytes + 2 * _BLOCK_BYTES * len(self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +202,8 @@ class Prediction:
         prefill: the pass over the prompt, whose end is the first token.
         decode: the pass of each further token.
         measured: whether the rates behind it were measured on this machine, or are typical ones.
+        generates: whether passes follow each other token by token; if not, both passes are over the whole input, the
+            first one and a later one.
     """
 
     load_s: float
@@ -197,6 +211,7 @@ class Prediction:
     prefill: Pass
     decode: Pass
     measured: bool
+    generates: bool = True
 
     @property
     def tokens_per_s(self) -> float:

@@ -15,9 +15,9 @@ from loadstone.report.markup import Markup, element, join
 from loadstone.report.plan_parts import (
     Cell,
     bound_by,
-    by_residence,
     cells_of,
-    format_tokens_per_s,
+    format_speed,
+    moved_by,
     occupancy,
     parts_of,
     passes_of,
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value", bound=Hashable)
 TensorsOfUnits = Mapping[str, Sequence["TensorInfo"]]
 
-_PASSES = {"prompt": "The prompt, up to the first token", "token": "Each further token"}
+_PASSES = {
+    "prompt": "The prompt, up to the first token",
+    "token": "Each further token",
+    "pass": "A pass over the input",
+}
 _HINT = (
     "Point at a layer, or move with the arrow keys, to see its tensors. A click or Enter keeps them open, "
     "Escape lets go."
@@ -98,12 +102,13 @@ def _header(plan: Plan) -> Markup:
 
 def _figures(plan: Plan) -> Markup:
     prediction = plan.prediction
+    first = "First token after" if prediction.generates else "First pass"
     moved = format_bytes(plan.streamed_bytes) if plan.streams else "nothing"
     figures = (
         ("Load", format_seconds(prediction.load_s), bound_by(prediction.load_bound_by)),
-        ("First token after", format_seconds(prediction.prefill.seconds), bound_by(prediction.prefill.bound_by)),
-        ("Then", f"{format_tokens_per_s(plan)} tokens/s", bound_by(prediction.decode.bound_by)),
-        ("Moved in each pass", moved, f"{plan.num_slots} slots" if plan.num_slots else "everything is resident"),
+        (first, format_seconds(prediction.prefill.seconds), bound_by(prediction.prefill.bound_by)),
+        ("Then", format_speed(plan), bound_by(prediction.decode.bound_by)),
+        ("Moved in each pass", moved, moved_by(plan)),
     )
     tiles = (
         element("div", None, element("dt", None, name), element("dd", None, value, element("small", None, why)))
@@ -174,7 +179,7 @@ def _name(cell: Cell) -> str:
 
 
 def _facts(cell: Cell) -> str:
-    places = [f"{kind.value} {format_bytes(nbytes)}" for kind, (_, nbytes) in by_residence(cell.placements).items()]
+    places = [f"{kind.value} {format_bytes(nbytes)}" for kind, (_, nbytes) in cell.residences.items()]
     return f"{', '.join(places)}; computed on {cell.compute} in {_dtypes(cell.placements)}"
 
 
@@ -251,13 +256,11 @@ def _alternatives(plans: Sequence[Plan]) -> Markup:
             plan.label or "as asked",
             ", ".join(f"{device.device} {format_bytes(device.peak_bytes)}" for device in plan.devices),
             format_seconds(plan.prediction.prefill.seconds),
-            format_tokens_per_s(plan),
+            format_speed(plan),
         )
         for plan in plans
     )
-    return _table(
-        "Instead of the plan above", ("what changes", "peak per device", "first token after", "tokens/s"), rows
-    )
+    return _table("Instead of the plan above", ("what changes", "peak per device", "first pass", "speed"), rows)
 
 
 def _tables(plan: Plan, cells: Sequence[Cell]) -> Markup:

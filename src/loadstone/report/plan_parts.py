@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
@@ -35,6 +35,9 @@ class Residence(Enum):
     FROM_MEMORY = "streamed from RAM"
     FROM_DISK = "streamed from disk"
 
+    # Members exist once, so that their identity serves; Enum's own hash is Python and slow.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
@@ -46,6 +49,7 @@ class Cell:
         name: of the unit, or the common start of the units' names.
         kind: `UnitKind.EXPERT` for the experts of a layer, else what its first unit is.
         placements: of its units.
+        residences: how many of the units are where, and what they take there; see `by_residence`.
     """
 
     column: int
@@ -53,6 +57,7 @@ class Cell:
     name: str
     kind: UnitKind
     placements: tuple[Placement, ...]
+    residences: Mapping[Residence, tuple[int, int]]
 
     @property
     def compute(self) -> str:
@@ -62,7 +67,7 @@ class Cell:
     @property
     def bytes_by_residence(self) -> dict[Residence, int]:
         """What its units take at home, by where that is."""
-        return {residence: nbytes for residence, (_, nbytes) in by_residence(self.placements).items()}
+        return {residence: nbytes for residence, (_, nbytes) in self.residences.items()}
 
     @property
     def moved_bytes(self) -> int:
@@ -97,8 +102,9 @@ def by_residence(placements: Iterable[Placement]) -> dict[Residence, tuple[int, 
     """How many units are in each residence and what they take at home, in the order of `Residence`."""
     found: dict[Residence, tuple[int, int]] = {}
     for placement in placements:
-        number, nbytes = found.get(residence(placement), (0, 0))
-        found[residence(placement)] = (number + 1, nbytes + placement.home_bytes)
+        kind = residence(placement)
+        number, nbytes = found.get(kind, (0, 0))
+        found[kind] = (number + 1, nbytes + placement.home_bytes)
     return {kind: found[kind] for kind in Residence if kind in found}
 
 
@@ -122,7 +128,14 @@ def _cell(column: int, placements: Sequence[Placement]) -> Cell:
         name = name.rpartition(".")[0] or name
     elif len(placements) > 1:
         name = f"{name} and {len(placements) - 1} more"
-    return Cell(column=column, label=_label(first), name=name, kind=first.kind, placements=tuple(placements))
+    return Cell(
+        column=column,
+        label=_label(first),
+        name=name,
+        kind=first.kind,
+        placements=tuple(placements),
+        residences=by_residence(placements),
+    )
 
 
 def _label(placement: Placement) -> str:
@@ -142,10 +155,11 @@ def title(plan: Plan) -> str:
 def subject(plan: Plan) -> str:
     """Sizes and use."""
     stored = format_bytes(plan.identity.stored_bytes)
-    return (
-        f"{plan.dtype}, {plan.identity.num_tensors:,} tensors, {stored} in the files; context "
-        f"{plan.run.context:,} tokens, batch {plan.run.batch:,}, prompt {plan.run.prompt_tokens:,} tokens"
-    )
+    files = f"{plan.dtype}, {plan.identity.num_tensors:,} tensors, {stored} in the files"
+    run = plan.run
+    if not plan.prediction.generates:
+        return f"{files}; batch {run.batch:,}, {run.prompt_tokens:,} tokens each"
+    return f"{files}; context {run.context:,} tokens, batch {run.batch:,}, prompt {run.prompt_tokens:,} tokens"
 
 
 def occupancy(device: DevicePlan) -> str:
@@ -157,9 +171,10 @@ def occupancy(device: DevicePlan) -> str:
 def resident_units(placements: Iterable[Placement]) -> list[tuple[Residence, str]]:
     """The legend of the strip: for each residence the numbers of units and experts, and their bytes."""
     listed = list(placements)
+    of_experts = by_residence(placement for placement in listed if placement.kind is UnitKind.EXPERT)
     found = []
     for kind, (number, nbytes) in by_residence(listed).items():
-        experts = sum(p.kind is UnitKind.EXPERT and residence(p) is kind for p in listed)
+        experts, _ = of_experts.get(kind, (0, 0))
         counts = [_counted(number - experts, "unit"), _counted(experts, "expert")]
         found.append((kind, f"{' and '.join(filter(None, counts))}, {format_bytes(nbytes)}"))
     return found
@@ -169,27 +184,39 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}" if number else ""
 
 
+def moved_by(plan: Plan) -> str:
+    """How what is streamed travels."""
+    if plan.num_slots:
+        return f"through {_counted(plan.num_slots, 'slot')}"
+    return "rows that are looked up" if plan.streams else "everything is resident"
+
+
 def bound_by(word: str) -> str:
     """What a pass or a load waits for, as it stands in a sentence."""
     return f"bound by {_BOUND_BY.get(word, word)}"
 
 
 def passes_of(plan: Plan) -> tuple[tuple[str, Pass], ...]:
-    """Both kinds of pass with their names."""
+    """The kinds of pass with their names; of a model that does not generate there is only one."""
+    if not plan.prediction.generates:
+        return (("pass", plan.prediction.decode),)
     return ("prompt", plan.prediction.prefill), ("token", plan.prediction.decode)
 
 
-def format_tokens_per_s(plan: Plan) -> str:
-    """The rate of generation with three significant figures."""
-    rate = plan.prediction.tokens_per_s
-    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:.3g}"
+def format_speed(plan: Plan) -> str:
+    """How much is done in a second, with three significant figures: tokens, or sequences where none are generated."""
+    rate, noun = plan.prediction.tokens_per_s, "tokens/s"
+    if not plan.prediction.generates:
+        seconds = plan.prediction.decode.seconds
+        rate, noun = plan.run.batch / seconds if seconds else 0.0, "sequences/s"
+    return f"{rate:,.0f} {noun}" if rate >= 99.95 else f"{rate:.3g} {noun}"
 
 
 def prediction_line(plan: Plan) -> str:
     """How long things take, and how far that can be trusted."""
     prediction = plan.prediction
     basis = "from rates measured here" if prediction.measured else "estimated from typical rates, not measured here"
-    return (
-        f"load {format_seconds(prediction.load_s)} ({bound_by(prediction.load_bound_by)}), then the first token after "
-        f"{format_seconds(prediction.prefill.seconds)} and {format_tokens_per_s(plan)} tokens/s: {basis}"
-    )
+    load = f"load {format_seconds(prediction.load_s)} ({bound_by(prediction.load_bound_by)})"
+    first, later = (format_seconds(one.seconds) for one in (prediction.prefill, prediction.decode))
+    run = f"the first token after {first}" if prediction.generates else f"{later} a pass"
+    return f"{load}, then {run} and {format_speed(plan)}: {basis}"

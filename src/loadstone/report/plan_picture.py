@@ -11,9 +11,8 @@ from loadstone.report.plan_parts import (
     Part,
     Residence,
     bound_by,
-    by_residence,
     cells_of,
-    format_tokens_per_s,
+    format_speed,
     occupancy,
     parts_of,
     passes_of,
@@ -26,6 +25,7 @@ from loadstone.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.rule import Rule
     from rich.text import Text
 
 # Symbols differ as well as colours, and all of them are in the character sets of old terminals.
@@ -59,27 +59,34 @@ def render(plan: Plan, console: Console) -> None:
         plan: what to draw.
         console: where; its width is respected, from 60 columns on.
     """
-    from rich.rule import Rule
     from rich.text import Text
 
     console.print(Text(title(plan), style="bold"))
     console.print(Text(subject(plan)))
     if plan.label:
         console.print(Text(plan.label, style="green"))
-    console.print(Rule("memory, a bar for each device's budget", align="left", style="dim"))
+    console.print(_rule("memory, a bar for each device's budget"))
     bar_width = _bar_width(console.width, map(_device_end, plan.devices))
     for device in plan.devices:
         console.print(*_device_lines(device, bar_width, console.width), sep="\n")
-    console.print(Rule("layers, in execution order", align="left", style="dim"))
+    console.print(_rule("layers, in execution order"))
     console.print(*_strip_lines(plan, console.width), sep="\n")
-    console.print(Rule("one pass, compute against transfer", align="left", style="dim"))
+    console.print(_rule("one pass, compute against transfer"))
     bar_width = _bar_width(console.width - _LABEL, (_pass_end(one) for _, one in passes_of(plan)))
     for name, one in passes_of(plan):
         console.print(*_pass_lines(name, one, bar_width, console.width), sep="\n")
     console.print(Text.assemble(("predicted: ", "bold"), prediction_line(plan)))
     if plan.reasons:
-        console.print(Rule("why", align="left", style="dim"))
+        console.print(_rule("why"))
         _render_reasons(plan.reasons, console)
+
+
+def _rule(words: str) -> Rule:
+    from rich.rule import Rule
+    from rich.text import Text
+
+    # Rich would look for emoji in a plain string, and import the list of them.
+    return Rule(Text(words, style="rule.text"), align="left", style="dim")
 
 
 def render_alternatives(plans: Sequence[Plan], console: Console) -> None:
@@ -95,10 +102,10 @@ def render_alternatives(plans: Sequence[Plan], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("what changes", overflow="fold", ratio=3)
     table.add_column("peak per device", overflow="fold", ratio=4)
-    table.add_column("tokens/s", justify="right", no_wrap=True)
+    table.add_column("speed", justify="right", no_wrap=True)
     for plan in plans:
         peaks = ", ".join(f"{device.device} {format_bytes(device.peak_bytes)}" for device in plan.devices)
-        table.add_row(Text(plan.label or "as asked"), Text(peaks), format_tokens_per_s(plan))
+        table.add_row(Text(plan.label or "as asked"), Text(peaks), format_speed(plan))
     console.print(table)
 
 
@@ -202,7 +209,7 @@ def _row(label: str, cells: dict[int, Cell], span: range, cell_width: int) -> Te
         if column not in cells:
             row.append(" " * cell_width)
             continue
-        kinds = list(by_residence(cells[column].placements))
+        kinds = list(cells[column].residences)
         symbol, style = _RESIDENCES[kinds[0]] if len(kinds) == 1 else _MIXED
         row.append(symbol * cell_width, style=style)
     return row
@@ -253,5 +260,5 @@ def _render_reasons(reasons: Iterable[str], console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for reason in reasons:
-        table.add_row("-", Text(reason))
+        table.add_row(Text("-"), Text(reason))
     console.print(table)

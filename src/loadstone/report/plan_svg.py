@@ -181,8 +181,10 @@ def strip(cells: Sequence[Cell], descriptions: Sequence[str]) -> Markup:
 
 
 def _cell_label(cell: Cell, box: Mapping[str, object]) -> Markup:
-    is_major = cell.label.isdecimal() and int(cell.label) % 5 == 0
-    text = element("text", {"x": "50%", "y": 12, "class": None if is_major else "minor"}, cell.label)
+    kind = "minor word"
+    if cell.label.isdecimal():
+        kind = "minor" if int(cell.label) % 5 else "major"
+    text = element("text", {"x": "50%", "y": 12, "class": kind}, cell.label)
     return element("svg", {**box, "class": "label", "aria-hidden": "true"}, text)
 
 

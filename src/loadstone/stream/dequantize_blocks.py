@@ -24,9 +24,8 @@ from loadstone.stream.dequantize_bits import (
     spread,
 )
 
-# Masks over the four bytes of a 32-bit word and the eight of a 64-bit one.
-_LOW4, _LOW2 = np.uint32(0x0F0F0F0F), np.uint32(0x03030303)
-_LOW6_WIDE, _LOW4_WIDE, _MID2_WIDE = (np.uint64(mask * 0x0101010101010101) for mask in (63, 15, 48))
+# Masks over the four bytes of a word.
+_LOW6, _LOW4, _LOW2, _MID2 = (np.uint32(mask * 0x01010101) for mask in (0x3F, 0x0F, 0x03, 0x30))
 # Every byte sixteen times.
 _SIXTEEN_TIMES = np.arange(256, dtype=np.uint8).repeat(16).view("V16")
 
@@ -84,17 +83,18 @@ def _q3_k(blocks: Bytes, out: Floats) -> None:
 
 def _six_bit_pairs(blocks: Bytes) -> tuple[Floats, Floats]:
     """The eight scales and eight minimums of Q4_K and Q5_K, times `d` and `dmin`."""
-    first = field(blocks, 4, 8).view("<u8")[:, 0]
-    last = field(blocks, 12, 4).view("<u4")[:, 0].astype(np.uint64)
-    # The low halves of `last` beside its high halves, and over them the two bits that the first eight bytes have left.
-    halves = (last | (last << np.uint64(28))) & _LOW4_WIDE
-    np.bitwise_or(halves, (first >> np.uint64(2)) & _MID2_WIDE, out=halves)
-    # Words of four scales or four minimums: (block, kind, half of the block).
-    words = np.empty((len(blocks), 2, 2), "<u4")
-    words[..., 0] = (first & _LOW6_WIDE).view("<u4").reshape(-1, 2)
-    words[..., 1] = halves.view("<u4").reshape(-1, 2)
-    floats = words.view(np.uint8).astype(np.float32)
-    return half(blocks, 0) * floats[:, 0], half(blocks, 2) * floats[:, 1]
+    header = field(blocks, 0, 16)
+    scales, minimums, rest = (header.view("<u4")[:, index] for index in (1, 2, 3))
+    # Words of four scales or four minimums: the first four are whole, the last four have their low bits in `rest`.
+    words = np.empty((2, len(blocks), 2), "<u4")
+    for kind, (first, low) in enumerate(((scales, rest), (minimums, rest >> np.uint32(4)))):
+        np.bitwise_and(first, _LOW6, out=words[kind, :, 0])
+        np.bitwise_or(low & _LOW4, (first >> np.uint32(2)) & _MID2, out=words[kind, :, 1])
+    floats = words.view(np.uint8).astype(np.float32).reshape(2, -1)
+    factors = header.view("<f2")[:, :2].T.astype(np.float32)
+    np.multiply(floats, np.repeat(factors, 8).reshape(2, -1), out=floats)
+    factor, minimum = floats.reshape(2, len(blocks), 8)
+    return factor, minimum
 
 
 def _q4_k(blocks: Bytes, out: Floats) -> None:

@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -205,19 +206,22 @@ def cached_part(array: Bytes) -> float:
 
     Asking about every page of gigabytes takes longer than building a model.
     """
-    page = ctypes.c_ubyte()
-    aligned = array.ctypes.data - array.ctypes.data % PAGE_BYTES
-    stride = max(1, array.nbytes // PAGE_BYTES // _NUM_PROBES) * PAGE_BYTES
-    found = [
-        _libc.mincore(aligned + offset, PAGE_BYTES, ctypes.addressof(page)) == 0 and page.value & 1
-        for offset in range(0, array.nbytes, stride)
-    ]
+    found = list(_probes(array, _NUM_PROBES))
     return sum(found) / max(1, len(found))
 
 
-def is_cached(array: Bytes) -> bool:
-    """Whether a map seems to be in the page cache as a whole."""
-    return cached_part(array) == 1
+def _probes(array: Bytes, num_probes: int) -> Iterator[bool]:
+    """Whether pages spread over a map are in the page cache."""
+    page = ctypes.c_ubyte()
+    where, aligned = ctypes.addressof(page), array.ctypes.data - array.ctypes.data % PAGE_BYTES
+    stride = max(1, array.nbytes // PAGE_BYTES // num_probes) * PAGE_BYTES
+    for offset in range(0, array.nbytes, stride):
+        yield _libc.mincore(aligned + offset, PAGE_BYTES, where) == 0 and page.value & 1 == 1
+
+
+def is_cached(array: Bytes, num_probes: int = _NUM_PROBES) -> bool:
+    """Whether a map seems to be in the page cache as a whole; a page that is not ends the asking."""
+    return all(_probes(array, num_probes))
 
 
 def will_need(array: Bytes) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from loadstone.events import BytesMoved, Observer, ignore
+from loadstone.events import NO_TRACE, BytesMoved, Observer, Tracer, ignore
+from loadstone.stream.busy import Busy
 from loadstone.stream.convert import copy
 from loadstone.stream.memory import Bytes, anonymous, populate
 from loadstone.stream.source import ALIGNMENT, OpenFiles, Source, manners_of, staging_bytes
@@ -106,6 +107,22 @@ def prepare(fills: Sequence[Fill]) -> Prepared:
     return Prepared(spans=tuple(_spans(fills)), total_bytes=sum(fill.nbytes for fill in fills))
 
 
+def read_now(prepared: Prepared, files: OpenFiles, staging: Staging) -> None:
+    """Read in the calling thread, beside whatever a `Reader` has begun: for a little that is waited for.
+
+    Args:
+        prepared: what is wanted.
+        files: the files it lies in, which stay open.
+        staging: of the calling thread.
+
+    Raises:
+        TruncatedFile: a file ended early.
+        UnreadableFile: a file could not be read.
+    """
+    for span in prepared.spans:
+        _deliver(span, files.source(span.file), staging)
+
+
 class Batch:
     """Fills that were submitted together.
 
@@ -113,9 +130,11 @@ class Batch:
         total_bytes: to be read.
         done_bytes: read and delivered so far.
         files: where it is read from.
+        label: what a trace calls it.
     """
 
     def __init__(self, spans: Iterable[_Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
+        self.label = ""
         self.total_bytes = total_bytes
         self.done_bytes = 0
         self.files = files
@@ -165,11 +184,12 @@ class Batch:
                 self._num_running += 1
             return span
 
-    def _run(self, span: _Span, staging: Staging, tell: Callable[[int], None]) -> None:
+    def _run(self, span: _Span, staging: Staging, tell: Callable[[Batch, int, float], None]) -> None:
         """Read a span and deliver it."""
+        begin_s = time.perf_counter()
         try:
             _deliver(span, self.files.source(span.file), staging)
-            tell(span.nbytes)
+            tell(self, span.nbytes, begin_s)
         except BaseException as error:  # carried to the thread that waits, and raised there
             self._give_up(error)
         with self._lock:
@@ -193,6 +213,13 @@ class Batch:
             self._over.set()
 
 
+def batch_of(prepared: Prepared, files: OpenFiles, label: str = "") -> Batch:
+    """What `Reader.begin` begins; it can be cancelled before."""
+    batch = Batch(prepared.spans, prepared.total_bytes, files, close_files=False)
+    batch.label = label
+    return batch
+
+
 class Reader:
     """Runs batches on threads of its own, which end by themselves when there is nothing to do.
 
@@ -201,6 +228,9 @@ class Reader:
         stage: the name of the stage in those events.
         staging: makes the staging of one thread.
         num_threads: at most; by default what suits the files.
+
+    Attributes:
+        tracer: keeps when each thread read what.
     """
 
     def __init__(
@@ -215,19 +245,25 @@ class Reader:
         self._stage = stage
         self._staging = staging
         self._max_threads = num_threads
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
+        self._changed = threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Batch]] = []
         self._serial = itertools.count()
         self._threads: set[threading.Thread] = set()
         self._closed = False
-        self._done_bytes = 0
-        self._told_bytes = 0
-        self._total_bytes = 0
+        self._done_bytes = self._told_bytes = self._total_bytes = 0
+        self._busy = Busy()
+        self.tracer: Tracer = NO_TRACE
 
     @property
     def done_bytes(self) -> int:
         """How many bytes have arrived, of all batches."""
         return self._done_bytes
+
+    @property
+    def busy_s(self) -> float:
+        """How long at least one thread was reading."""
+        return self._busy.seconds
 
     def submit(self, fills: Sequence[Fill], *, priority: int = 0) -> Batch:
         """Begin to read; returns at once.
@@ -238,35 +274,37 @@ class Reader:
         """
         files = OpenFiles(manners_of({fill.file: None for fill in fills}))
         total_bytes = sum(fill.nbytes for fill in fills)
-        return self._begin(Batch(_spans(fills), total_bytes, files, close_files=True), priority)
+        return self.begin(Batch(_spans(fills), total_bytes, files, close_files=True), priority)
 
-    def repeat(self, prepared: Prepared, files: OpenFiles, *, priority: int = 0) -> Batch:
+    def repeat(self, prepared: Prepared, files: OpenFiles, *, priority: int = 0, label: str = "") -> Batch:
         """Begin to read what was prepared; returns at once.
 
         Args:
             prepared: what is wanted.
             files: the files it lies in, which stay open.
             priority: as for `submit`.
+            label: what a trace calls it.
         """
-        return self._begin(Batch(prepared.spans, prepared.total_bytes, files, close_files=False), priority)
+        return self.begin(batch_of(prepared, files, label), priority)
 
-    def _begin(self, batch: Batch, priority: int) -> Batch:
+    def begin(self, batch: Batch, priority: int = 0) -> Batch:
+        """Begin to read a batch that was made before; returns it at once."""
         wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES) or 1)
-        with self._changed:
+        with self._lock:
             self._total_bytes += batch.total_bytes
             heapq.heappush(self._queue, (priority, next(self._serial), batch))
             while len(self._threads) < wanted:
                 thread = threading.Thread(target=self._work, name="loadstone-read", daemon=True)
+                thread.start()  # first: one that an interrupt kept from starting must not be counted
                 self._threads.add(thread)
-                thread.start()
             self._changed.notify_all()
         if not batch.total_bytes:
             batch.cancel()
         return batch
 
     def close(self) -> None:
-        """Cancel every batch and end the threads."""
-        with self._changed:
+        """Cancel every batch and end the threads; whoever begins another has threads again."""
+        with self._lock:
             self._closed = True
             batches, threads = [batch for *_, batch in self._queue], tuple(self._threads)
             self._queue.clear()
@@ -275,16 +313,19 @@ class Reader:
             batch.cancel()
         for thread in threads:
             thread.join()
+        self._closed = False
 
     def _work(self) -> None:
         staging = self._staging()
         while (job := self._next()) is not None:
             batch, span = job
+            self._busy.begin()
             batch._run(span, staging, self._tell)
+            self._busy.end()
             del batch, span, job  # what was delivered must not live on in a thread that waits
 
     def _next(self) -> tuple[Batch, _Span] | None:
-        with self._changed:
+        with self._lock:
             while True:
                 while self._queue:
                     batch = self._queue[0][2]
@@ -295,8 +336,9 @@ class Reader:
                     self._threads.discard(threading.current_thread())
                     return None
 
-    def _tell(self, nbytes: int) -> None:
-        with self._changed:
+    def _tell(self, batch: Batch, nbytes: int, begin_s: float) -> None:
+        self.tracer.span("read", batch.label, begin_s, nbytes)
+        with self._lock:
             self._done_bytes += nbytes
             if self._done_bytes - self._told_bytes < _TELL_BYTES and self._done_bytes != self._total_bytes:
                 return

@@ -20,7 +20,7 @@ from loadstone.events import Observer, ignore
 from loadstone.stream.convert import copy
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import Bytes
-from loadstone.stream.read import Batch, Fill, Prepared, Reader, prepare
+from loadstone.stream.read import Batch, Fill, Prepared, Reader, batch_of, prepare
 from loadstone.stream.rearrange import (
     Rearranged,
     decoded_nbytes,
@@ -126,7 +126,7 @@ class Recipe:
     def _begin_of(self, wanted: Wanted, info: TensorInfo) -> int:
         """Where the next parameter begins: for bytes that only move, as far into a block as in the file."""
         first = wanted.assignment.parts[0]
-        moves = len(wanted.assignment.parts) == 1 and not is_rearranged(first, info) and info.is_aligned
+        moves = not is_rearranged(first, info) and info.is_aligned and first.start == 0
         if not moves or info.encoding is not None or info.dtype != wanted.target.dtype:
             return _round_up(self.nbytes, _PLACE_ALIGNMENT)
         last = self._reads[-1] if self._reads else None
@@ -227,8 +227,7 @@ class Refill:
         self._prepared: dict[tuple[str, int], tuple[Prepared, list[Rearranged]]] = {}
         self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
         self.reader = Reader(observer=observer, stage="stream")
-        self.files = OpenFiles(streaming_manners(self._versions))
-        self._observer = observer
+        self.files = OpenFiles(streaming_manners(self._versions), checkpoint.files)
 
     def add(self, units: Mapping[str, Sequence[Wanted]]) -> None:
         """Know more units; see the class."""
@@ -256,24 +255,22 @@ class Refill:
         Returns:
             What can be waited for; `check` afterwards that the files are still the same.
         """
+        return self.reader.begin(self.batch(unit, slot), priority)
+
+    def batch(self, unit: str, slot: Bytes) -> Batch:
+        """The same, for `reader.begin` to begin: what is to be cancelled must be known before it runs."""
         key = (unit, slot.ctypes.data)
         if key not in self._prepared:
             self._prepared[key] = self.recipes[unit].prepare(slot)
         prepared, kernels = self._prepared[key]
         for kernel in kernels:
             kernel.restart()
-        return self.reader.repeat(prepared, self.files, priority=priority)
+        return batch_of(prepared, self.files, unit)
 
     def forget(self, slot: Bytes) -> None:
         """Hold on to a slot no longer: it goes, or is not filled again."""
         for key in [key for key in self._prepared if key[1] == slot.ctypes.data]:
             del self._prepared[key]
-
-    def rest(self) -> None:
-        """End the threads and close the files until something is read again."""
-        self.close()
-        self.reader = Reader(observer=self._observer, stage="stream")
-        self.files = OpenFiles(self.files.manners)
 
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read.
@@ -288,12 +285,21 @@ class Refill:
         """The tensor that fills a parameter, or the first of those that do."""
         return self.tensors[wanted.assignment.parts[0].source]
 
+    def check_all(self) -> None:
+        """Check that all files are those whose headers were read.
+
+        Raises:
+            UnreadableFile: one is gone.
+            FileChanged: one was replaced, cut short or written to.
+        """
+        check_unchanged(self._versions.values())
+
     def versions(self, wanted: Iterable[Wanted]) -> tuple[CheckpointFile, ...]:
         """The files that parameters lie in, as they were when their headers were read."""
         paths = {self.tensors[part.source].file: None for one in wanted for part in one.assignment.parts}
         return tuple(self._versions[path] for path in paths)
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files, until something is read again."""
         self.reader.close()
         self.files.close()

@@ -18,12 +18,14 @@ from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
 from loadstone.stream.host import fill_for
 from loadstone.stream.memory import PAGE_BYTES, anonymous, give_back
-from loadstone.stream.read import Fill, prepare
+from loadstone.stream.read import Fill, HostStaging, prepare, read_now
 from loadstone.stream.rearrange import is_rearranged, target_nbytes
 from loadstone.stream.refill import Refill, Wanted
 
 # Rows of earlier passes that stay; the words that a text repeats are most of it.
 _KEPT_BYTES = 4 << 20
+# So many stretches are read by the thread that wants them, one after another: the row of a decoding pass.
+_FEW_SPANS = 2
 _NOWHERE = np.empty(0, np.uint8)
 _BLOCK_NUMEL = {block.name: block.block_numel for block in GGML_BLOCKS.values()}
 
@@ -58,6 +60,7 @@ class Rows:
         self.read_bytes = 0
         self._info = info
         self._refill = refill
+        self._staging = HostStaging()
         self._versions = refill.versions([wanted])
         self._present = np.zeros(wanted.target.shape[0], np.bool_)
         self._row_bytes = nbytes_of(DTYPES[wanted.target.dtype], wanted.target.shape[1])
@@ -74,10 +77,18 @@ class Rows:
         if missing.size:
             runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
             prepared = prepare([self._fill(int(run[0]), int(run[-1]) + 1) for run in runs])
-            self._refill.reader.repeat(prepared, self._refill.files, priority=-1).wait()
+            if len(prepared.spans) <= _FEW_SPANS:
+                # The reader's threads are in the midst of long reads, which would have to end first.
+                read_now(prepared, self._refill.files, self._staging)
+            else:
+                self._refill.reader.repeat(prepared, self._refill.files, priority=-1, label=self._info.name).wait()
             self.read_bytes += prepared.total_bytes
             self._present[missing] = True
-        check_unchanged(self._versions)
+        try:
+            check_unchanged(self._versions)
+        except BaseException:
+            self._forget()  # the right file may be put back
+            raise
 
     def _fill(self, first: int, end: int) -> Fill:
         info = self._info
@@ -96,5 +107,8 @@ class Rows:
         """Drop the rows once they take more than a few megabytes."""
         pages_of_row = -(-self._row_bytes // PAGE_BYTES) + (self._row_bytes % PAGE_BYTES != 0)
         if int(self._present.sum()) * pages_of_row * PAGE_BYTES > _KEPT_BYTES:
-            give_back(self.data)
-            self._present[:] = False
+            self._forget()
+
+    def _forget(self) -> None:
+        give_back(self.data)
+        self._present[:] = False

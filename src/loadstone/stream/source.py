@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from loadstone.checkpoint.files import unreadable
+from loadstone.checkpoint.files import check_version, unreadable, version_of
+from loadstone.checkpoint.values import CheckpointFile, FileVersion
 from loadstone.errors import LoadstoneError, TruncatedFile
 from loadstone.hardware.memory import num_cores
 from loadstone.hardware.storage import Storage, storages_of
@@ -133,6 +134,11 @@ class Source:
         """Whether reads go past the page cache."""
         return not self._refused
 
+    def versions(self) -> list[FileVersion]:
+        """Which file each descriptor is of: the path may lead to another one from one moment to the next."""
+        opened = (self._buffered, self._direct)
+        return [version_of(os.fstat(descriptor)) for descriptor in opened if descriptor is not None]
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._buffered)
@@ -235,10 +241,12 @@ class OpenFiles:
 
     Args:
         manners: how each file is read.
+        expected: files that are used only if they are those whose headers were read, when they are opened.
     """
 
-    def __init__(self, manners: Mapping[Path, Manner]) -> None:
+    def __init__(self, manners: Mapping[Path, Manner], expected: Iterable[CheckpointFile] = ()) -> None:
         self.manners = manners
+        self._expected = {file.path: file for file in expected}
         self._lock = threading.Lock()
         self._sources: dict[Path, Source] = {}
 
@@ -252,11 +260,26 @@ class OpenFiles:
 
         Raises:
             UnreadableFile: it is gone, or may not be read any more.
+            FileChanged: it is another one than was expected; it is not kept open.
         """
         with self._lock:
             if path not in self._sources:
-                self._sources[path] = Source(path, self.manners[path].mode)
+                self._sources[path] = self._opened(path)
             return self._sources[path]
+
+    def _opened(self, path: Path) -> Source:
+        source = Source(path, self.manners[path].mode)
+        try:
+            expected = self._expected.get(path)
+            if expected is not None and expected.version is not None:
+                for found in source.versions():
+                    # What was written to the same file is found out whenever it is used, and can be undone.
+                    if (found.device, found.inode) != (expected.version.device, expected.version.inode):
+                        check_version(expected, found)
+        except BaseException:
+            source.close()
+            raise
+        return source
 
     def close(self) -> None:
         """Close what is open."""

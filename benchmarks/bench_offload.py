@@ -1,0 +1,344 @@
+"""How long does a token take with a model that is larger than the memory it may use?
+
+Two checkpoints of real geometries (random weights) in memory cgroups: 8.7 GB of bfloat16 in 5.0 GB, and 3.1 GB in
+1.5 GB. Each peer runs in a fresh process in the group, page cache cold: a prompt of 32 tokens, then greedy tokens one
+by one. Beside them stands the roofline of the same minutes: the slower of computing a pass (everything resident, no
+group) and of reading, at the best rate of a plain loop of direct reads, what the budget cannot keep.
+
+    python benchmarks/bench_offload.py --peers-folder FOLDER
+
+What the budget cannot keep is told twice: as the plan streams it, and without mercy: the weights that a token needs
+less a budget of which only what the process holds after its imports, the cache and the activations are taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import mmap
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+import make_checkpoint
+import offload_peers
+from cage import Cage, Caged, NoCage
+
+# (geometry, bytes of the group)
+CASES = {"qwen2.5-7b-14-layers": 5_000_000_000, "qwen2.5-1.5b": 1_500_000_000}
+PROMPT_TOKENS = 32
+ROOFLINE, BEST_PEER, BYTES_OFF = 0.9, 0.35, 0.02
+THREADS = (1, 2, 4, 8, 16)
+CHUNKS = (1 << 20, 4 << 20, 16 << 20)
+BLOCK_BYTES = 16 << 20
+SEARCH_BYTES = 500_000_000
+
+
+def read_bytes() -> int:
+    """What this process has had read from disks so far."""
+    text = Path("/proc/self/io").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("read_bytes"))
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Load and decode; print a line of JSON for each token and one at the end."""
+    sys.path.append(str(arguments.peers_folder))
+    # What peers print must not come between the lines of JSON.
+    out, sys.stdout = sys.stdout, sys.stderr
+    run = {"context": PROMPT_TOKENS + arguments.tokens, "prompt_tokens": PROMPT_TOKENS}
+    load = offload_peers.LOADERS[arguments.child]
+    model = load(arguments.path, arguments.budget, arguments.scratch, run)
+    import torch
+
+    def tell(**values: Any) -> None:
+        print(json.dumps(values), file=out, flush=True)
+
+    tell(loaded_s=harness.since_process_start())
+    ids = torch.arange(5, 5 + PROMPT_TOKENS)[None]
+    cache, found = None, []
+    with torch.inference_mode():
+        for number in range(arguments.tokens):
+            made = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, ids = made.past_key_values, made.logits[:, -1:].argmax(-1)
+            found.append(int(ids))
+            tell(token=number, at_s=harness.since_process_start(), read_bytes=read_bytes(), **_streamed(model))
+    tell(token_ids=found, **_planned(model))
+
+
+def _streamed(model: Any) -> dict[str, Any]:
+    """What Loadstone has streamed so far, where it is Loadstone's model."""
+    stats = _known(model)
+    stats = None if stats is None else stats.stats()
+    return {} if stats is None else {"streamed_bytes": stats.streamed_bytes, "stall_s": stats.stall_s}
+
+
+def _known(model: Any) -> Any:
+    module = sys.modules.get("loadstone")
+    try:
+        return None if module is None else module.of(model)
+    except (TypeError, ValueError):
+        return None
+
+
+def _planned(model: Any) -> dict[str, Any]:
+    """The plan, where there is one."""
+    known = _known(model)
+    if known is None or known.plan is None:
+        return {}
+    plan, host = known.plan, known.plan.devices[-1]
+    reserved, stats = host.reservation, known.stats()
+    return {
+        "plan_streamed_bytes": plan.streamed_bytes,
+        "plan_token_s": plan.prediction.decode.seconds,
+        "plan_measured": plan.prediction.measured,
+        "plan_peak_bytes": host.peak_bytes,
+        "level_bytes": host.level_bytes,
+        "run_bytes": reserved.kv_cache_bytes + reserved.activation_bytes + reserved.logits_bytes,
+        "ring_bytes": reserved.slot_bytes,
+        "workspace_bytes": reserved.workspace_bytes,
+        "num_slots": plan.num_slots,
+        "slot_bytes": stats.slot_bytes if stats is not None else 0,
+        "num_units": stats.num_units if stats is not None else 0,
+        "unforeseen": stats.unforeseen if stats is not None else 0,
+        "touched_bytes": sum(
+            one.home_bytes if one.kind.value != "embedding" else one.moved_bytes for one in plan.placements
+        ),
+    }
+
+
+def told(caged: Caged) -> dict[str, Any]:
+    """What a child has said, as figures of one token: medians over those after the prompt."""
+    lines = [json.loads(line) for line in caged.stdout.splitlines() if re.match(r"\{.*\}$", line)]
+    tokens = [line for line in lines if "token" in line]
+    figures: dict[str, Any] = {}
+    for line in lines:
+        figures |= line if "token" not in line else {}
+    if tokens:
+        figures["first_token_s"] = tokens[0]["at_s"] - figures["loaded_s"]
+    for name, key in (
+        ("token_s", "at_s"),
+        ("token_bytes", "read_bytes"),
+        ("token_streamed_bytes", "streamed_bytes"),
+        ("token_stall_s", "stall_s"),
+    ):
+        steps = [b[key] - a[key] for a, b in itertools.pairwise(tokens) if key in b]
+        if steps:
+            figures[name] = statistics.median(steps)
+            figures[f"every_{name}"] = steps
+    return figures
+
+
+def measure(cage: Cage, peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one peer in the group."""
+    package = offload_peers.PACKAGES.get(peer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        print(f"  {peer}: left out, {package} is not installed", file=sys.stderr, flush=True)
+        return {"peer": peer, "outcome": "not installed"}
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="scratch-") as scratch:
+        command = [sys.executable, __file__, "--child", peer, "--path", str(arguments.path), "--scratch", scratch]
+        command += ["--budget", str(arguments.budget), "--tokens", str(arguments.tokens)]
+        command += ["--peers-folder", str(arguments.peers_folder)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
+        if harness.can_drop_caches():
+            harness.drop_caches()
+        caged = cage.run(command, timeout_s=arguments.timeout, environment=environment)
+    row: dict[str, Any] = {
+        "peer": peer,
+        "outcome": caged.outcome,
+        "peak_bytes": caged.peak_bytes,
+        "anonymous_peak_bytes": caged.anonymous_bytes,
+        **told(caged),
+    }
+    if caged.outcome.startswith("failed"):
+        row["error"] = caged.stderr[-1500:]
+        print(row["error"].splitlines()[-1:], file=sys.stderr)
+    figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
+    print(f"  {peer}: {row['outcome']}  {figures}", file=sys.stderr, flush=True)
+    return row
+
+
+class Stretches:
+    """Blocks of files, each handed out once before any is again: whoever lends the disk may keep what was read last."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._blocks = [
+            (path, offset) for path in paths for offset in range(0, path.stat().st_size - BLOCK_BYTES + 1, BLOCK_BYTES)
+        ]
+        self._at = 0
+
+    def take(self, nbytes: int) -> list[tuple[Path, int]]:
+        """The next blocks, of so many bytes together."""
+        begin, self._at = self._at, self._at + max(1, nbytes // BLOCK_BYTES)
+        return [self._blocks[number % len(self._blocks)] for number in range(begin, self._at)]
+
+
+def raw_rate(stretches: Stretches, threads: int, chunk: int, nbytes: int) -> float:
+    """Bytes per second of a plain loop of direct reads, each thread into a buffer of its own."""
+    blocks = stretches.take(nbytes)
+    descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in dict.fromkeys(path for path, _ in blocks)}
+    pieces = [(descriptors[path], offset + begin) for path, offset in blocks for begin in range(0, BLOCK_BYTES, chunk)]
+    turn, lock, buffers = iter(pieces), threading.Lock(), [mmap.mmap(-1, chunk) for _ in range(threads)]
+    for buffer in buffers:
+        buffer.write(bytes(chunk))
+
+    def work(buffer: mmap.mmap) -> None:
+        while True:
+            with lock:
+                piece = next(turn, None)
+            if piece is None:
+                return
+            os.preadv(piece[0], [buffer], piece[1])
+
+    workers = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    seconds = time.perf_counter() - begin
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    return len(pieces) * chunk / seconds
+
+
+def search_rate(stretches: Stretches) -> dict[str, Any]:
+    """The best of all settings."""
+    found = [
+        (raw_rate(stretches, threads, chunk, SEARCH_BYTES), threads, chunk) for threads in THREADS for chunk in CHUNKS
+    ]
+    rate, threads, chunk = max(found)
+    return {"bytes_per_s": rate, "threads": threads, "chunk_bytes": chunk, "searched": found}
+
+
+def run_case(geometry: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All peers on one checkpoint, and the roofline."""
+    import loadstone
+
+    arguments.path = make_checkpoint.write(geometry, arguments.folder / geometry)
+    arguments.budget = int(CASES[geometry] * arguments.scale)
+    stretches = Stretches(sorted(arguments.path.glob("*.safetensors")))
+    loadstone.machine(model=arguments.path, measure=True)
+    raw = search_rate(stretches)
+    print(f"{geometry}: the disk reads {raw['bytes_per_s'] / 1e9:.2f} GB/s", file=sys.stderr, flush=True)
+    best = raw["threads"], raw["chunk_bytes"]
+    with Cage(1 << 60) as cage:
+        rows = [measure(cage, "resident", arguments)]
+    with Cage(arguments.budget) as cage:
+        for peer in arguments.peers.split(","):
+            # The rate of a rented disk drifts by half within minutes: once more right before and after ours.
+            around = [] if peer != "loadstone" else [raw_rate(stretches, *best, 3 * SEARCH_BYTES)]
+            rows.append(measure(cage, peer, arguments))
+            if around:
+                around.append(raw_rate(stretches, *best, 3 * SEARCH_BYTES))
+                raw["around_ours_bytes_per_s"] = around
+                raw["bytes_per_s"] = max(raw["bytes_per_s"], *around)
+    found: dict[str, Any] = {"geometry": geometry, "budget_bytes": arguments.budget, "disk": raw, "runs": rows}
+    return found | goals(found)
+
+
+def goals(case: dict[str, Any]) -> dict[str, Any]:
+    """The roofline and what of it was reached."""
+    rows = {row["peer"]: row for row in case["runs"]}
+    ours, compute_s = rows.get("loadstone", {}), rows["resident"].get("token_s", 0.0)
+    if "token_s" not in ours or "plan_streamed_bytes" not in ours:
+        return {"goals": ["MISSED  ours did not finish, or did not stream"]}
+    rate = case["disk"]["bytes_per_s"]
+    kept = case["budget_bytes"] - ours["level_bytes"] - ours["run_bytes"]
+    least = max(0, ours["touched_bytes"] - kept)
+    roofline_s = max(compute_s, least / rate)
+    planned_s = max(compute_s, ours["plan_streamed_bytes"] / rate)
+    near_s = max(compute_s, ours["plan_streamed_bytes"] / max(case["disk"]["around_ours_bytes_per_s"]))
+    others = [row["token_s"] for peer, row in rows.items() if peer not in ("loadstone", "resident") if "token_s" in row]
+    off = max(abs(ours[key] / ours["plan_streamed_bytes"] - 1) for key in ("token_bytes", "token_streamed_bytes"))
+    name = case["geometry"]
+    told_goals = [
+        harness.at_least(f"{name}: of {words}, {seconds:.2f} s", seconds / ours["token_s"], ROOFLINE)
+        for words, seconds in (
+            ("the roofline", roofline_s),
+            ("the plan's own", planned_s),
+            ("that at the rate beside ours", near_s),
+        )
+    ]
+    told_goals += [
+        harness.verdict(f"{name}: peak / budget", ours["peak_bytes"] / case["budget_bytes"], 1.0),
+        harness.verdict(f"{name}: bytes per token off the plan's", off, BYTES_OFF),
+    ]
+    if others:
+        told_goals.append(
+            harness.verdict(f"{name}: seconds per token / best peer's", ours["token_s"] / min(others), BEST_PEER)
+        )
+    same = [row["token_ids"] == ours["token_ids"] for row in rows.values() if "token_ids" in row]
+    told_goals.append(f"{'reached' if all(same) else 'MISSED'}  {name}: {sum(same)} of {len(same)} say the same tokens")
+    return {"compute_s": compute_s, "least_bytes": least, "roofline_s": roofline_s, "goals": told_goals}
+
+
+def draw(case: dict[str, Any]) -> None:
+    """Print the table of one checkpoint."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{case['geometry']} in {case['budget_bytes'] / 1e9:.1f} GB")
+    for column in ("peer", "outcome", "load s", "prompt s", "s/token", "read GB/token", "peak MB", "anonymous MB"):
+        table.add_column(column, justify="left" if column in ("peer", "outcome") else "right")
+    for row in case["runs"]:
+        seconds = [row.get(key) for key in ("loaded_s", "first_token_s", "token_s")]
+        table.add_row(
+            row["peer"],
+            row["outcome"],
+            *("" if value is None else f"{value:.2f}" for value in seconds),
+            f"{row['token_bytes'] / 1e9:.2f}" if "token_bytes" in row else "",
+            *(f"{row[key] / 1e6:.0f}" if key in row else "" for key in ("peak_bytes", "anonymous_peak_bytes")),
+        )
+    Console(width=110).print(table)
+    print("\n".join(case["goals"]))
+
+
+def main() -> None:
+    """Run every peer on every checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loadstone-bench")
+    parser.add_argument("--geometries", default=",".join(CASES))
+    parser.add_argument("--peers", default=",".join(offload_peers.PEERS))
+    parser.add_argument("--peers-folder", type=Path, default=Path("peers"), help="where further peers are installed")
+    parser.add_argument("--tokens", type=int, default=6, help="the first of them ends the prompt")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the groups' bytes")
+    parser.add_argument("--timeout", type=float, default=180.0, help="seconds that one peer may take")
+    parser.add_argument("--keep", action="store_true", help="leave the 8.7 GB checkpoint where it is")
+    parser.add_argument("--dry", action="store_true", help="do not write results")
+    parser.add_argument("--child", choices=sorted(offload_peers.LOADERS), help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    sys.path.append(str(arguments.peers_folder))
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    cases = []
+    try:
+        for geometry in arguments.geometries.split(","):
+            cases.append(run_case(geometry, arguments))
+            draw(cases[-1])
+            if not arguments.dry:
+                print(f"written to {harness.save('offload', {'cases': cases})}", flush=True)
+    except NoCage as reason:
+        raise SystemExit(f"no memory cgroup can be made here: {reason}") from None
+    finally:
+        largest = arguments.folder / next(iter(CASES))
+        if not arguments.keep and largest.exists():
+            shutil.rmtree(largest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The experts that are in memory, of all layers together: a room of fixed size.
+
+A router's choice is told before the experts compute. What is missing of it is read at once, in the order in which it
+will be used; each entry is waited for when it is used, so that computing with the first goes on while the last is on
+its way. Chosen entries may be more than the room holds: those that were used make room for those to come.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loadstone.checkpoint.files import check_unchanged
+from loadstone.execute.frequency import Frequencies, Item, Shelf
+from loadstone.stream.entries import Entries
+from loadstone.stream.materialize import torch_dtype
+from loadstone.stream.memory import Bytes, anonymous, give_back
+from loadstone.stream.read import Batch
+from loadstone.stream.rearrange import target_nbytes
+from loadstone.stream.refill import Recipe, Refill
+from loadstone.stream.source import ALIGNMENT
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """Memory for one entry at a time.
+
+    Attributes:
+        data: the memory.
+        batch: what is being read.
+        lent: the array that tensors over the memory keep alive; gone when they are.
+    """
+
+    data: Bytes
+    batch: Batch | None = None
+    lent: weakref.ref[Any] | None = None
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether somebody still has a tensor over it."""
+        return self.lent is not None and self.lent() is not None
+
+
+@dataclass(slots=True, eq=False)
+class _Rack:
+    """The slots of one size, and what of the layer that computes still waits for one."""
+
+    shelf: Shelf
+    slots: list[_Slot]
+    waiting: deque[Item] = field(default_factory=deque)
+    expendable: Iterator[int] = field(default_factory=lambda: iter(()))
+
+
+@dataclass(slots=True, kw_only=True)
+class ExpertCounts:
+    """What was done so far.
+
+    Attributes:
+        uses: entries that routers chose.
+        hits: those that were in memory already.
+        read_bytes: from the files.
+        stall_s: how long was waited.
+        room_bytes: the memory of all slots.
+    """
+
+    uses: int = 0
+    hits: int = 0
+    read_bytes: int = 0
+    stall_s: float = 0.0
+    room_bytes: int = 0
+
+
+class ExpertRoom:
+    """Brings in what routers choose. Its owner sees to it that one thread uses it at a time.
+
+    Args:
+        layers: the fused parameters of each layer.
+        refill: what reads.
+        nbytes: how much memory the entries may take; it is exceeded only where not even one expert fits.
+
+    Attributes:
+        counts: what was done so far.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Entries]], refill: Refill, nbytes: int) -> None:
+        self._refill = refill
+        self._tables = [table for layer in layers for table in layer]
+        self._layer_of = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
+        self._versions = [refill.versions([table.wanted]) for table in self._tables]
+        self._frequencies = Frequencies(len(layers), max(table.count for table in self._tables))
+        self._recipes: dict[Item, Recipe] = {}
+        self._wanted: dict[Item, None] = {}
+        sizes = [self._slot_bytes(number) for number in range(len(self._tables))]
+        racks = {size: self._rack(size, sizes, nbytes) for size in set(sizes)}
+        self._rack_of = [racks[size] for size in sizes]
+        self._racks = list(racks.values())
+        self.counts = ExpertCounts(room_bytes=sum(slot.data.size for rack in self._racks for slot in rack.slots))
+
+    def count(self, table: int) -> int:
+        """How many entries a table has."""
+        return self._tables[table].count
+
+    def rest(self) -> None:
+        """Forget every entry and give the memory back; what is chosen afterwards is read again."""
+        self._wanted.clear()
+        for rack in self._racks:
+            rack.waiting.clear()
+            rack.expendable = iter(())
+            for place, slot in enumerate(rack.slots):
+                rack.shelf.drop(place)
+                if slot.batch is not None:
+                    slot.batch.cancel()
+                if slot.is_lent:  # whoever has the tensor keeps its elements
+                    rack.slots[place] = _Slot(data=anonymous(slot.data.size))
+                else:
+                    slot.batch, slot.lent = None, None
+                    give_back(slot.data)
+
+    def announce(self, layer: int, chosen: NDArray[np.int64], num_tokens: int, *, by_expert: bool) -> None:
+        """Begin to read what a layer will use.
+
+        Args:
+            layer: its number.
+            chosen: the numbers of the experts, once for each token that chose them.
+            num_tokens: how many tokens chose.
+            by_expert: it uses all of one expert before the next, rather than one parameter before the next.
+        """
+        tables = np.flatnonzero(self._layer_of == layer).tolist()
+        counts = np.bincount(chosen, minlength=self.count(tables[0]))
+        self._frequencies.note(layer, counts, num_tokens)
+        experts = np.flatnonzero(counts).tolist()
+        if by_expert:
+            items = [(table, expert) for expert in experts for table in tables]
+        else:
+            items = [(table, expert) for table in tables for expert in experts]
+        self._wanted = dict.fromkeys(items)
+        for rack in self._racks:
+            rack.waiting.clear()
+            rack.expendable = iter(())
+        for item in items:
+            slot = self._slot(item)
+            self.counts.hits += slot is not None and slot.batch is None
+            if slot is None:
+                self._rack_of[item[0]].waiting.append(item)
+        self.counts.uses += len(items)
+        self._read_on()
+
+    def take(self, table: int, expert: int) -> torch.Tensor:
+        """One entry, which stays as it is for as long as the tensor lives.
+
+        Raises:
+            LoadstoneError: its file cannot be read, or is not the one whose header was read.
+        """
+        item = (table, expert)
+        self._read_on()
+        slot = self._slot(item) or self._begun(item, needed=True) or self._passing(item)
+        if slot.batch is not None:
+            self._wait(item, slot)
+        self._wanted.pop(item, None)
+        entries, place = self._tables[table], self._recipe(item).places[0]
+        array = slot.lent() if slot.lent is not None else None
+        if array is None:
+            array = slot.data[place.begin : place.begin + target_nbytes(entries.target)]
+            slot.lent = weakref.ref(array)
+        return torch.from_numpy(array).view(torch_dtype(entries.target.dtype)).view(entries.target.shape[1:])
+
+    def _wait(self, item: Item, slot: _Slot) -> None:
+        batch, begin = slot.batch, time.perf_counter()
+        try:
+            if batch is not None:
+                batch.wait()
+                self.counts.read_bytes += batch.total_bytes
+            check_unchanged(self._versions[item[0]])
+        except BaseException:
+            self._forget(item)
+            raise
+        finally:
+            self.counts.stall_s += time.perf_counter() - begin
+        slot.batch = None
+
+    def _read_on(self) -> None:
+        """Begin to read what waits, as far as there is room."""
+        for rack in self._racks:
+            while rack.waiting:
+                item = rack.waiting[0]
+                is_due = item in self._wanted and self._slot(item) is None
+                if is_due and self._begun(item, needed=False) is None:
+                    break
+                rack.waiting.popleft()
+
+    def _begun(self, item: Item, *, needed: bool) -> _Slot | None:
+        """A slot into which an entry is being read; None where all are in use.
+
+        Args:
+            item: the entry.
+            needed: it is needed now, so that what is needed later gives way.
+        """
+        rack = self._rack_of[item[0]]
+        recipe = self._recipe(item)
+        place = self._free_place(rack)
+        if place is None and needed:
+            later = (rack.shelf.place_of(other) for other in reversed(self._wanted))
+            place = next((one for one in later if one is not None and not rack.slots[one].is_lent), None)
+        if place is None or rack.slots[place].data.size < recipe.nbytes:
+            return None
+        slot = rack.slots[place]
+        if slot.batch is not None:
+            slot.batch.cancel()
+        rack.shelf.put(place, item)
+        slot.batch = self._fill(recipe, slot.data)
+        return slot
+
+    def _free_place(self, rack: _Rack) -> int | None:
+        """The place of what is wanted least of what is not in use."""
+        for _ in range(2):
+            for place in rack.expendable:
+                if rack.shelf.item_at(place) not in self._wanted and not rack.slots[place].is_lent:
+                    return place
+            rack.expendable = rack.shelf.expendable()
+        return None
+
+    def _passing(self, item: Item) -> _Slot:
+        """Memory beside the room, for who holds on to more entries than it has slots."""
+        recipe = self._recipe(item)
+        slot = _Slot(data=anonymous(recipe.nbytes))
+        slot.batch = self._fill(recipe, slot.data)
+        return slot
+
+    def _fill(self, recipe: Recipe, data: Bytes) -> Batch:
+        prepared, _ = recipe.prepare(data)
+        return self._refill.reader.repeat(prepared, self._refill.files, priority=-1)
+
+    def _slot(self, item: Item) -> _Slot | None:
+        rack = self._rack_of[item[0]]
+        place = rack.shelf.place_of(item)
+        return None if place is None else rack.slots[place]
+
+    def _forget(self, item: Item) -> None:
+        shelf = self._rack_of[item[0]].shelf
+        place = shelf.place_of(item)
+        if place is not None:
+            self._rack_of[item[0]].slots[place].batch = None
+            shelf.drop(place)
+
+    def _recipe(self, item: Item) -> Recipe:
+        if item not in self._recipes:
+            self._recipes[item] = self._tables[item[0]].recipe(item[1])
+        return self._recipes[item]
+
+    def _slot_bytes(self, table: int) -> int:
+        """Room for any entry of a table: they begin anywhere in a block of the disk."""
+        recipe = self._recipe((table, 0))
+        return -(-(recipe.nbytes - recipe.places[0].begin) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+
+    def _rack(self, size: int, sizes: Sequence[int], nbytes: int) -> _Rack:
+        """Slots of one size, as many as its part of all entries is of the room."""
+        alike = [number for number, one in enumerate(sizes) if one == size]
+        most = sum(self.count(number) for number in alike)
+        total = sum(one * self.count(number) for number, one in enumerate(sizes))
+        together = int(np.bincount(self._layer_of[alike]).max())
+        count = min(most, max(together, nbytes * most // total))
+        shelf = Shelf(count, self._frequencies, self._layer_of)
+        return _Rack(shelf=shelf, slots=[_Slot(data=anonymous(size)) for _ in range(count)])

@@ -1,0 +1,133 @@
+"""Ctrl-C at any line of a pass leaves a streamed model usable, from this thread and from others."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loadstone.api.load import Request, carry_out
+from loadstone.execute import kept, meter, prefetch, residency, slots, states, turn
+from loadstone.execute.values import Streaming
+from loadstone.stream import read, refill, rows
+
+FILES = {module.__file__ for module in (residency, slots, states, kept, turn, meter, prefetch, refill, read, rows)}
+X = torch.arange(8)[None]
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return torch.as_tensor(x)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("stack") / "stack.safetensors"
+    torch.manual_seed(0)
+    save_file(Stack().state_dict(), path)
+    return path
+
+
+def streamed(path: Path) -> Any:
+    streaming = Streaming(units=("embed", *(f"layers.{number}" for number in range(4))))
+    return carry_out(Request(source=path, into=Stack, streaming=streaming))
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(model(X))
+
+
+def interrupted_at(model: nn.Module, line: int) -> bool:
+    """Run a pass with a KeyboardInterrupt before the given line of our code; whether there were as many lines."""
+    count = 0
+
+    def watch_lines(frame: types.FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        # Python comes back to a `with` at its end, where only a trace function can get in between.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
+            "with"
+        ):
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return watch_lines
+
+    def watch_calls(frame: types.FrameType, event: str, _: Any) -> Any:
+        return watch_lines if frame.f_code.co_filename in FILES else None
+
+    before = sys.gettrace()
+    sys.settrace(watch_calls)
+    try:
+        run(model)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def in_a_thread(model: nn.Module) -> torch.Tensor | None:
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(run(model)), daemon=True)
+    thread.start()
+    thread.join(20)
+    return found[0] if found else None
+
+
+def test_an_interrupt_at_any_line_leaves_the_model_usable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn, "_PATIENCE_S", 0.002)
+    model = streamed(path)
+    expected = run(model)
+    line = 1
+    while interrupted_at(model, line):
+        found = (run, in_a_thread)[line % 2](model)  # from this thread, or from another
+        assert found is not None, line
+        assert torch.equal(found, expected), line
+        line += 1
+    assert line > 200
+    assert torch.equal(run(model), expected)
+
+
+def test_a_thread_that_computes_keeps_the_turn_however_long_it_takes(path: Path) -> None:
+    model = streamed(path)
+    expected = run(model)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def dawdle(*_: Any) -> None:
+        if not inside.is_set():
+            inside.set()
+            go_on.wait(10)
+
+    model.layers[1].register_forward_pre_hook(dawdle)
+    found: list[torch.Tensor] = []
+    first = threading.Thread(target=lambda: found.append(run(model)))
+    first.start()
+    inside.wait(10)
+    second = threading.Thread(target=lambda: found.append(run(model)))
+    second.start()
+    second.join(1.5)
+    assert second.is_alive()
+    assert found == []
+    go_on.set()
+    for thread in (first, second):
+        thread.join(10)
+    assert len(found) == 2
+    assert all(torch.equal(one, expected) for one in found)
