@@ -18,6 +18,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return folder
 
 
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on the memory that other programs leave free: nobody looks at it."""
+    from loadstone.execute import pressure
+
+    monkeypatch.setattr(pressure, "PERIOD_S", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def chatty_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny language model with a tokenizer and a chat template."""

@@ -46,6 +46,16 @@ def test_the_example_of_a_budget_follows_a_plan(
     assert capsys.readouterr().out == "0 None\n"  # a model this small is kept whole
 
 
+def test_the_example_of_states_parks_wakes_and_limits(chatty_folder: Path) -> None:
+    import loadstone
+
+    model = loadstone.load(chatty_folder)
+    tokens = {"input_ids": torch.arange(3)[None]}
+    with torch.inference_mode():
+        exec(example("loaded.park()"), {"loadstone": loadstone, "model": model, "tokens": tokens})
+    assert not loadstone.of(model).is_parked
+
+
 def test_the_example_of_foretold_tokens_tells_of_passes(
     chatty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from loadstone.api.load import Request, carry_out
-from loadstone.execute import meter, prefetch, residency, turn
+from loadstone.execute import kept, meter, prefetch, residency, slots, states, turn
 from loadstone.execute.values import Streaming
 from loadstone.stream import read, refill, rows
 
-FILES = {module.__file__ for module in (residency, turn, meter, prefetch, refill, read, rows)}
+FILES = {module.__file__ for module in (residency, slots, states, kept, turn, meter, prefetch, refill, read, rows)}
 X = torch.arange(8)[None]
 
 

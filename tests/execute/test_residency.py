@@ -31,7 +31,7 @@ from gguf_builders import Gguf, Stored
 from loadstone.api.load import Request, carry_out
 from loadstone.errors import FileChanged, LoadstoneError, StreamedModel, UnreadableFile
 from loadstone.execute.prefetch import Order
-from loadstone.execute.residency import State
+from loadstone.execute.slots import State
 from loadstone.execute.values import Streaming, StreamStats
 from loadstone.hardware.memory import resident
 
@@ -434,20 +434,20 @@ def test_a_resident_model_has_nothing_to_tell(folder: Path) -> None:
 def test_the_slots_are_where_the_parameters_are_and_only_then(folder: Path) -> None:
     model = streamed(folder, LAYERS, num_slots=2)
     residency: Any = loadstone.of(model).residency
-    slots = [(slot.data.data_ptr(), slot.data.numel()) for slot in residency._slots]
+    slots = [(slot.data.data_ptr(), slot.data.numel()) for slot in residency._ring.slots]
     seen: list[bool] = []
 
     def look(module: nn.Module, *_: Any) -> None:
         pointers = [parameter.data_ptr() for parameter in module.parameters()]
         seen.append(any(all(begin <= pointer < begin + size for pointer in pointers) for begin, size in slots))
-        assert [slot.state for slot in residency._slots].count(State.USED) == 1
+        assert [slot.state for slot in residency._ring.slots].count(State.USED) == 1
 
     for layer in model.model.layers:
         layer.register_forward_pre_hook(look)
     logits(model)
     assert seen == [True] * 6
     assert all(type(parameter).__name__ == "StreamedParameter" for parameter in model.model.layers.parameters())
-    assert State.USED not in [slot.state for slot in residency._slots]
+    assert State.USED not in [slot.state for slot in residency._ring.slots]
 
 
 def test_the_walk_is_learnt_with_what_came_before() -> None:

@@ -133,8 +133,8 @@ def test_nothing_stays_after_a_trace(tower: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
     residency: Any = loadstone.of(model).residency
-    (reader,) = residency._refill.readers()
-    assert residency._tracer is reader.tracer is NO_TRACE
+    (reader,) = residency._filler.readers()
+    assert residency._ring.tracer is reader.tracer is NO_TRACE
 
 
 def test_a_resident_model_is_traced_too(tower: Path, tmp_path: Path) -> None:

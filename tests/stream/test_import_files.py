@@ -1,3 +1,4 @@
+import os
 import sys
 import threading
 from pathlib import Path
@@ -30,18 +31,34 @@ def test_nothing_is_read_where_torch_is_imported(tmp_path: Path, monkeypatch: py
 def test_cold_files_are_read_ahead_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = import_files._list_file(tmp_path)
     file.parent.mkdir()
-    module = tmp_path / "module.pyc"
-    module.write_bytes(bytes(10))
-    file.write_text(f"{module}\n{tmp_path / 'gone.pyc'}")
+    modules = [tmp_path / f"module{number}.pyc" for number in range(30)]
+    for each in modules:
+        each.write_bytes(bytes(10))
+    file.write_text("\n".join(map(str, [modules[0], tmp_path / "gone.pyc", *modules[1:]])))
     monkeypatch.delitem(sys.modules, "torch")
     advised: list[int] = []
     monkeypatch.setattr(import_files, "_is_cold", lambda _: True)
-    monkeypatch.setattr(import_files.os, "posix_fadvise", lambda *arguments: advised.append(arguments[1]))
+    monkeypatch.setattr(
+        import_files.os, "posix_fadvise", lambda descriptor, *_: advised.append(os.fstat(descriptor).st_ino)
+    )
     import_files.read_ahead(tmp_path)
     for thread in threading.enumerate():
-        if thread.name == "loadstone-imports":
+        if thread.name.startswith("loadstone-imports"):
             thread.join()
-    assert advised == [0]
+    assert sorted(advised) == sorted(each.stat().st_ino for each in modules)
+
+
+def test_lists_of_environments_that_are_no_more_go(tmp_path: Path) -> None:
+    folder = tmp_path / "imports"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text("")
+        os.utime(folder / f"{number}.txt", (number, number))
+    import_files.learn(tmp_path)
+    kept = {path.name for path in folder.iterdir()}
+    assert len(kept) == 8
+    assert import_files._list_file(tmp_path).name in kept
+    assert {"19.txt", "13.txt"} < kept
 
 
 def test_a_list_that_was_never_learnt_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

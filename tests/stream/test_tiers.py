@@ -15,7 +15,8 @@ from torch import nn
 from loadstone.architecture.keymap import Assignment, Part, Target
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.errors import FileChanged
-from loadstone.execute.attach import Streamed, attach_to
+from loadstone.execute.attach import Attachment, attach_to
+from loadstone.execute.streamed import Streamed
 from loadstone.hardware.fake import FakeLink, FakeMoved
 from loadstone.stream import onward
 from loadstone.stream.destination import Destination
@@ -86,7 +87,8 @@ def wrong_passes(kind: str, folder: Path, num_slots: int, passes: int = 12) -> i
         unit = fqn.partition(".")[0]
         stand_in = streamed.stand_in(unit, fqn, Target(shape=tuple(parameter.shape), dtype="float32"))
         stack.get_submodule(unit)._parameters["weight"] = nn.Parameter(stand_in)
-    residency = attach_to(stack, streamed, source, num_slots)
+    residency = attach_to(stack, streamed, source, Attachment(num_slots))
+    residency.start()
     with torch.no_grad():
         found = [stack(x) for x in inputs]
     link.synchronize()

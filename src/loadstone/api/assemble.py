@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import prod
 
@@ -12,7 +13,6 @@ import torch
 from torch import nn
 
 from loadstone.api.load import Begun
-from loadstone.api.registry import Origin
 from loadstone.architecture.blueprint import Blueprint, Surroundings
 from loadstone.architecture.keymap import Assignment, KeyMap, Target
 from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
@@ -21,8 +21,10 @@ from loadstone.architecture.skeleton import Slot, slots_of
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
-from loadstone.execute.attach import Streamed, attach, by_modules, choose_streamed
+from loadstone.execute.adopt import Origin, adopting, homes_of
+from loadstone.execute.attach import attach
 from loadstone.execute.residency import Residency
+from loadstone.execute.streamed import Streamed, by_modules, choose_streamed
 from loadstone.hardware.measured import known_rates
 from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.probe import probe
@@ -122,16 +124,17 @@ def assemble(begun: Begun) -> Assembled:
         told.text = blueprint.finish(module, missing, torch_device(device.value)) + "; eval mode"
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
-    residency = _attached(begun, module, streamed, checkpoint)
+    origin = _origin(mapped, checkpoint, module, made.tensors)
+    residency = _attached(begun, module, streamed, origin)
     finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
-    origin = _origin(mapped, checkpoint)
     return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
 
 
-def _origin(mapped: _Mapped, checkpoint: Checkpoint) -> Origin:
+def _origin(mapped: _Mapped, checkpoint: Checkpoint, module: nn.Module, loaded: Mapping[str, torch.Tensor]) -> Origin:
     targets = mapped.targets
     wanted = {one.target: Filled(assignment=one, target=targets[one.target]) for one in mapped.keymap.assignments}
-    return Origin(checkpoint=checkpoint, wanted=wanted)
+    homes = homes_of(module, {fqn: tensor for fqn, tensor in loaded.items() if fqn in wanted})
+    return Origin(checkpoint=checkpoint, wanted=wanted, homes=homes)
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
@@ -148,13 +151,15 @@ def _without(keymap: KeyMap, streamed: Streamed) -> KeyMap:
     return replace(keymap, assignments=tuple(kept))
 
 
-def _attached(begun: Begun, module: nn.Module, streamed: Streamed, checkpoint: Checkpoint) -> Residency | None:
+def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origin) -> Residency | None:
     """The residency of a model that is streamed, told as a stage."""
     streaming = begun.streaming
     if streaming is None or not streamed.wanted:
         return None
     with begun.recorder.stage("streaming") as told:
-        residency = attach(module, streamed, checkpoint, streaming, begun.recorder.observer)
+        adopt = partial(adopting, module, origin)
+        residency = attach(module, streamed, origin.checkpoint, streaming, begun.recorder.observer, adopt)
+        residency.start(begun.plan.devices[-1].reservation.total_bytes if begun.plan is not None else 0)
         stats = residency.stats()
         told.text = (
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "

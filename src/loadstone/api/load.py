@@ -229,7 +229,7 @@ def carry_out(request: Request, observer: Observer = ignore) -> nn.Module:
             told.text = _paged_line(begun.ahead)
     import_files.learn(cache_folder())
     report = made.finish_report(watch.peak, time.perf_counter() - begun.start)
-    remember(made.model, Loaded(report=report, residency=made.residency, origin=made.origin))
+    remember(made.model, Loaded(made.model, report=report, origin=made.origin, residency=made.residency))
     return made.model
 
 

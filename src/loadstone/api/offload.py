@@ -68,7 +68,7 @@ def offload(
         ValueError: an argument means nothing, or contradicts another.
     """
     known = find(model)
-    if known is not None and known.residency is not None:
+    if known is not None and known.residency is not None and not known.residency.is_whole:
         raise StreamedModel(
             f"{type(model).__name__}: expected a model that is wholly in memory, found one that is streamed already; "
             "call loadstone.of(model).restore() first, or load it again."
@@ -91,7 +91,7 @@ def offload(
             told.text = _line(done)
     report = _report(model, choice, recorder, known)
     report = replace(report, seconds=time.perf_counter() - start, before=before, peak=watch.peak)
-    remember(model, Loaded(report=report, residency=done.residency, undo=_Undo(done, known)))
+    remember(model, Loaded(model, report=report, residency=done.residency, undo=_Undo(done, known)))
     return model
 
 

@@ -4,76 +4,85 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loadstone.checkpoint.values import Checkpoint
+from loadstone.errors import PlanNotSupported
 from loadstone.execute.trace import recorded
 from loadstone.plan.values import Plan, UnitKind
 from loadstone.report.load_report import LoadReport
 from loadstone.report.streaming import as_text
 from loadstone.report.trace import check_writable, write_trace
+from loadstone.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from loadstone.execute.adopt import Origin
     from loadstone.execute.assist import Assist
     from loadstone.execute.residency import Residency
     from loadstone.execute.values import StreamStats
-    from loadstone.stream.refill import Wanted
+
+Undo = Callable[[], "Loaded | None"]
 
 _LOCK = threading.Lock()
 _LOADED: weakref.WeakKeyDictionary[nn.Module, Loaded] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where the parameters of a model were loaded from.
-
-    Attributes:
-        checkpoint: the files.
-        wanted: what fills each parameter, by fqn.
-    """
-
-    checkpoint: Checkpoint
-    wanted: Mapping[str, Wanted]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What is known of a loaded model.
+    """What is known of a loaded model, and what it can be asked to do.
+
+    Args:
+        model: it; not kept alive by this.
+        report: of its load.
+        origin: where its parameters came from.
+        residency: what keeps it running, where parts of it are streamed.
+        undo: undoes what `loadstone.offload` did; gives what was known before.
 
     Attributes:
-        report: of its load.
-        residency: what keeps it running, where parts of it are streamed.
-        origin: which tensors of which files fill its parameters, where that can be read again.
-        undo: undoes what `loadstone.offload` did; gives what was known before.
-        model: the module, for as long as it lives.
+        report: see above.
+        residency: see above; None for a model that is wholly in memory and never was asked to leave it.
+        origin: see above.
     """
 
-    report: LoadReport
-    residency: Residency | None = None
-    origin: Origin | None = None
-    undo: Callable[[], Loaded | None] | None = None
-    model: weakref.ref[nn.Module] | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        report: LoadReport,
+        origin: Origin | None = None,
+        residency: Residency | None = None,
+        undo: Undo | None = None,
+    ) -> None:
+        self.report = report
+        self.residency = residency
+        self.origin = origin
+        self._undo = undo
+        self._model = weakref.ref(model)
+        self._lock = threading.Lock()
 
     @property
     def plan(self) -> Plan | None:
         """The plan that was followed; None where everything fitted with room to spare."""
         return self.report.plan
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether the model has left memory."""
+        return self.residency is not None and self.residency.is_parked
+
     def stats(self) -> StreamStats | None:
-        """What streaming has done so far; None where nothing is streamed."""
+        """What streaming has done so far; None where nothing was ever streamed."""
         if self.residency is None:
             return None
         rates = self.report.rates
         return replace(self.residency.stats(), disk_bytes_per_s=rates.disk_bytes_per_s if rates is not None else None)
 
     def summary(self) -> str:
-        """The same in a line or two; "" where nothing is streamed."""
+        """The same in a line or two; "" where nothing was ever streamed."""
         stats = self.stats()
         return "" if stats is None else as_text(stats)
 
@@ -92,7 +101,7 @@ class Loaded:
             ValueError: the model is traced already.
         """
         path = Path(path)
-        model = None if self.model is None else self.model()
+        model = self._model()
         if model is None:
             raise ValueError("the model that was to be traced is gone.")
         check_writable(path)
@@ -133,6 +142,54 @@ class Loaded:
         num_whole = sum(unit.rpartition(".")[2].isdecimal() for unit in blocks)
         return self.plan.prediction.decode.bound_by in ("disk", "link") and 2 * num_whole > len(blocks)
 
+    def park(self, *, keep_changed: bool = False) -> int:
+        """Let the model leave memory: its weights, the slots, the threads and the open files.
+
+        The module stays. Whoever uses it wakes it; `wake()` does so ahead of time. What its files cannot give back
+        stays in memory: buffers, parameters that only torch can convert, and parameters that were added since. A model
+        that is parked already stays so.
+
+        Args:
+            keep_changed: leave parameters that are not as they were loaded in memory too, instead of refusing. What
+                torch does not count as a change (writes through `.data` or numpy) is not seen, and lost.
+
+        Returns:
+            The bytes of the parameters that went.
+
+        Raises:
+            StreamedModel: a parameter was changed, or the model was closed.
+            PlanNotSupported: its weights are not on the CPU.
+        """
+        return self._residency("park").change(lambda states: states.park(keep_changed=keep_changed))
+
+    def wake(self) -> None:
+        """Bring back what was in memory when the model was parked, with the same bits; one that is awake stays so.
+
+        Raises:
+            StreamedModel: the model was closed.
+            LoadstoneError: its files cannot be read, or are not those that it was loaded from.
+        """
+        if self.residency is not None and self.residency.is_parked:
+            self.residency.change(lambda states: states.wake())
+
+    def limit(self, size: str | int | None) -> None:
+        """Change how much memory the weights may take while the model lives.
+
+        Blocks go or come back until what is kept and the slots for the rest are as much as the limit allows; what went
+        is read from its files in each pass. Of a model that is parked, this is what it wakes up to.
+
+        Args:
+            size: in bytes, or as `max_memory` is written ("6GB"); None for no limit: all of the model comes back.
+
+        Raises:
+            ValueError: it is no size, or less than the slots and what cannot be read again take.
+            StreamedModel: the model was closed.
+            PlanNotSupported: its weights are not on the CPU.
+            LoadstoneError: files cannot be read, or are not those that the model was loaded from.
+        """
+        limit_bytes = None if size is None else parse_bytes(size, option="limit")
+        self._residency("limit").change(lambda states: states.limit(limit_bytes))
+
     def close(self) -> None:
         """End the threads and close the files of a model that is streamed, which cannot be used any more."""
         if self.residency is not None:
@@ -144,18 +201,39 @@ class Loaded:
         Raises:
             ValueError: it was not offloaded, or was restored already.
         """
-        with _LOCK:
-            model = next((model for model, loaded in _LOADED.items() if loaded is self), None)
-        if self.undo is None or model is None:
+        model = self._model()
+        if self._undo is None or model is None or find(model) is not self:
             raise ValueError(
                 "restore() undoes loadstone.offload(), which was not called for this model; load it again."
             )
-        before = self.undo()
+        before = self._undo()
         with _LOCK:
             if before is None:
                 del _LOADED[model]
             else:
                 _LOADED[model] = before
+
+    def _residency(self, what: str) -> Residency:
+        with self._lock:
+            if self._undo is not None:
+                raise _not_on_the_cpu(what, "a model that loadstone.offload has arranged")
+            if self.residency is None:
+                model, device = self._model(), self.report.device.value
+                if device != "cpu" or self.origin is None or model is None:
+                    raise _not_on_the_cpu(what, f"weights on {device}")
+                from loadstone.execute.adopt import residency_for
+
+                self.residency = residency_for(model, self.origin)
+            if not self.residency.can_change:
+                raise _not_on_the_cpu(what, f"a model that computes on {self.report.device.value}")
+            return self.residency
+
+
+def _not_on_the_cpu(what: str, found: str) -> PlanNotSupported:
+    return PlanNotSupported(
+        f"{what}: expected weights that were loaded to the CPU, found {found}; only those can leave memory and "
+        "come back. Load the model with device='cpu', or load it again instead."
+    )
 
 
 def find(model: nn.Module) -> Loaded | None:
@@ -167,7 +245,7 @@ def find(model: nn.Module) -> Loaded | None:
 def remember(model: nn.Module, loaded: Loaded) -> None:
     """Keep `loaded` for as long as the model lives."""
     with _LOCK:
-        _LOADED[model] = replace(loaded, model=weakref.ref(model))
+        _LOADED[model] = loaded
 
 
 def of(model: nn.Module) -> Loaded:

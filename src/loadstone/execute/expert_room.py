@@ -22,7 +22,7 @@ from loadstone.checkpoint.files import check_unchanged
 from loadstone.execute.frequency import Frequencies, Item, Shelf
 from loadstone.stream.entries import Entries
 from loadstone.stream.materialize import torch_dtype
-from loadstone.stream.memory import Bytes, anonymous
+from loadstone.stream.memory import Bytes, anonymous, give_back
 from loadstone.stream.read import Batch
 from loadstone.stream.rearrange import target_nbytes
 from loadstone.stream.refill import Recipe, Refill
@@ -107,6 +107,22 @@ class ExpertRoom:
     def count(self, table: int) -> int:
         """How many entries a table has."""
         return self._tables[table].count
+
+    def rest(self) -> None:
+        """Forget every entry and give the memory back; what is chosen afterwards is read again."""
+        self._wanted.clear()
+        for rack in self._racks:
+            rack.waiting.clear()
+            rack.expendable = iter(())
+            for place, slot in enumerate(rack.slots):
+                rack.shelf.drop(place)
+                if slot.batch is not None:
+                    slot.batch.cancel()
+                if slot.is_lent:  # whoever has the tensor keeps its elements
+                    rack.slots[place] = _Slot(data=anonymous(slot.data.size))
+                else:
+                    slot.batch, slot.lent = None, None
+                    give_back(slot.data)
 
     def announce(self, layer: int, chosen: NDArray[np.int64], num_tokens: int, *, by_expert: bool) -> None:
         """Begin to read what a layer will use.

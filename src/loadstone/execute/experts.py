@@ -243,7 +243,7 @@ def attach_experts(
     if not layers:
         return
     room = ExpertRoom([[experts.tables[fqn] for fqn in fqns] for fqns in layers.values()], refill, experts.room_bytes)
-    residency.count_experts(room.counts)
+    residency.have_room(room)
     first = 0
     for number, (ident, fqns) in enumerate(layers.items()):
         name = fqns[0].rpartition(".")[0]

@@ -11,22 +11,23 @@ class Meter:
     """Times forwards and tells of their progress. What it is given are sums over all forwards.
 
     Args:
-        num_units: that are streamed.
-        pass_bytes: what one use of every unit reads.
         observer: is told.
 
     Attributes:
         seconds: of all forwards that are over, also of units that were called by themselves.
     """
 
-    def __init__(self, num_units: int, pass_bytes: int, observer: Observer) -> None:
+    def __init__(self, observer: Observer) -> None:
         self.seconds = 0.0
-        self._num_units = num_units
-        self._pass_bytes = pass_bytes
+        self._num_units = self._pass_bytes = 0
         self._observer = None if observer is ignore else observer
         self._number = self._done_units = self._bytes_before = 0
         self._in_pass = False
         self._begin_s = self._stall_before_s = 0.0
+
+    def expect(self, num_units: int, pass_bytes: int) -> None:
+        """So many units are streamed from now on, of which one use of each reads so much."""
+        self._num_units, self._pass_bytes = num_units, pass_bytes
 
     def begin(self, number: int, streamed_bytes: int, stall_s: float) -> None:
         """A forward of the whole model begins."""

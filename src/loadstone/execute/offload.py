@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from loadstone.architecture.keymap import Target
-from loadstone.execute.attach import Streamed, attach_to
+from loadstone.execute.attach import Attachment, attach_to
 from loadstone.execute.divide import Part
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Residency
+from loadstone.execute.streamed import Streamed
 from loadstone.stream.sources import Source
 
 Place = tuple[dict[str, Any], str]
@@ -66,8 +67,7 @@ class Offloaded:
         for owner, name, device in self._buffers:
             owner[name] = owner[name].to(device)
         if self.residency is not None:
-            for hook in self.residency.hooks:
-                hook.remove()
+            self.residency.take_off_hooks()
             self.residency.close()
         for close in self._on_close:
             close()
@@ -79,12 +79,12 @@ class Offloaded:
         original = self._originals[fqn]
         owner, name = original.places[0]
         placeholder: StreamedParameter = owner[name]
-        if placeholder.lender is not None:
+        if placeholder.lookup is not None:
+            elements = placeholder.lookup(torch.arange(placeholder.shape[0]), torch.Tensor.clone)
+        elif placeholder.lender is not None:
             elements = placeholder.lender.lend(
                 placeholder.group, lambda: owner[name].detach().to(original.device, copy=True)
             )
-        elif placeholder.lookup is not None:
-            elements = placeholder.lookup(torch.arange(placeholder.shape[0]), torch.Tensor.clone)
         else:
             raise KeyError(fqn)
         return nn.Parameter(elements, requires_grad=original.requires_grad)
@@ -175,7 +175,8 @@ def _move(module: nn.Module, done: Offloaded, arrangement: Arrangement, make_sou
         standing = nn.Parameter(stand_in, requires_grad=original.requires_grad)
         for owner, name in original.places:
             owner[name] = standing
-    done.residency = attach_to(module, streamed, source, arrangement.num_slots)
+    done.residency = attach_to(module, streamed, source, Attachment(arrangement.num_slots))
+    done.residency.start()
 
 
 def _places(module: nn.Module) -> dict[int, list[Place]]:

@@ -36,8 +36,8 @@ Take = Callable[[torch.Tensor], torch.Tensor]
 class Lender(Protocol):
     """Who lends the elements of units."""
 
-    def is_computing(self) -> bool:
-        """Whether a forward of the model is under way in this thread; nothing is lent outside of one."""
+    def can_lend(self, group: str) -> bool:
+        """Whether a group's elements can be had now: its model is parked, or one of its forwards is under way."""
 
     def lend(self, group: str, work: Callable[[], Any]) -> Any:
         """Run `work` with the parameters of a group in place; gives what it returns."""
@@ -77,8 +77,9 @@ class StreamedParameter(nn.Parameter):
 
     def __new__(cls, like: torch.Tensor, *, fqn: str, unit: str) -> Self:
         """One that has the shape, dtype and device of `like`."""
-        nothing = torch.zeros(1, dtype=like.dtype, device=like.device).expand(like.shape)
-        made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
+        with torch.inference_mode(False):  # whether it has gradients may be set later, in or outside of that mode
+            nothing = torch.zeros(1, dtype=like.dtype, device=like.device).expand(like.shape)
+            made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
         made.fqn, made.unit, made.group = fqn, unit, unit
         made.lookup, made.entries, made.lender, made.holder = None, None, None, ({}, "")
         return made
@@ -106,13 +107,13 @@ class StreamedParameter(nn.Parameter):
             answer = first.entries.answer(func, args, kwargs, first)
             if answer is not NotImplemented:
                 return answer
-        if first.lender is not None and first.lender.is_computing():
+        if first.lender is not None and first.lender.can_lend(first.group):
             work = partial(_computed, func, args, kwargs, first)
             return first.lender.lend(first.group, work)
         raise StreamedModel(
             f"{first.fqn}: expected its elements for {name}, found a parameter that is read from its file only while "
-            f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, to "
-            "copy, convert, save or change its weights."
+            f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, or "
+            "lift its limit with loadstone.of(model).limit(None), to copy, convert, save or change its weights."
         )
 
 

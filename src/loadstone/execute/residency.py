@@ -1,124 +1,116 @@
-"""Which unit is in which slot, and what happens when one is needed: the accounting of a streamed model.
+"""Which unit is where, and what happens when one is needed: the accounting of a model that is not wholly in memory.
 
-Slots are memory that was allocated once. A unit whose forward begins is waited for, its parameters become views of its
-slot, and when the forward is over they are placeholders again and the slot is read anew with what comes next, which
-may be the beginning of the next pass. The files are the only copy; nothing is ever written back.
+A unit is kept, or streamed: then its forward waits until it is in a slot, its parameters become views of that slot, and
+when the forward is over they are placeholders again and the slot is read anew with what comes next, which may be the
+beginning of the next pass. The files are the only copy; nothing is ever written back. Units go from the one to the
+other when the model is parked or woken, when its limit changes, and when memory is short.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from loadstone.errors import StreamedModel
-from loadstone.events import NO_TRACE, Observer, Tracer, ignore
-from loadstone.execute.expert_room import ExpertCounts
+from loadstone.events import Observer, Tracer, ignore
+from loadstone.execute.counted import counted_so_far
+from loadstone.execute.expert_room import ExpertRoom
+from loadstone.execute.hooks import Hooks
+from loadstone.execute.kept import Unit
 from loadstone.execute.meter import Meter
-from loadstone.execute.placeholder import StreamedParameter, Take
-from loadstone.execute.prefetch import Order
-from loadstone.execute.slots import Slot, Slots, State, kept
+from loadstone.execute.placeholder import Take
+from loadstone.execute.pressure import is_out_of_memory
+from loadstone.execute.slots import Ring, Slot, State, kept_output
+from loadstone.execute.states import Adopted, States
 from loadstone.execute.turn import Turn
 from loadstone.execute.values import StreamStats
 from loadstone.stream.filler import Filler
-from loadstone.stream.rows import Table
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """One parameter of a unit.
-
-    Attributes:
-        placeholder: what stands for it.
-        owners: the parameter dicts of the modules that hold it, with its name there.
-    """
-
-    placeholder: StreamedParameter
-    owners: tuple[tuple[dict[str, Any], str], ...]
+Adopt = Callable[["Residency", Collection[str]], Adopted]
+Changed = TypeVar("Changed")
 
 
 class Residency:
-    """The slots of one model. Forwards of several threads take turns.
+    """The units of one model. Forwards of several threads take turns.
 
     Args:
-        units: what each unit holds, in the order in which units are likely used; the order of the members is that of
-            the unit's places in `refill`.
-        refill: fills slots with them.
-        num_slots: how many are in memory at a time.
+        filler: fills memory with them.
+        num_slots: how many are in memory at a time; more where units lie within one another.
+        hooks: tell of forwards; they are not on yet.
+        adopt: finds the units that were loaded to stay, when they are to go for the first time; it is given this and
+            the names of the units that there are.
         observer: is told of the progress of each forward.
-
-    Attributes:
-        hooks: what calls this when modules compute.
     """
 
     def __init__(
-        self, units: Mapping[str, Sequence[Member]], refill: Filler, num_slots: int, observer: Observer = ignore
+        self, filler: Filler, num_slots: int, hooks: Hooks, adopt: Adopt | None = None, observer: Observer = ignore
     ) -> None:
-        self._units = dict(units)
-        self._refill = refill
-        self._slots = Slots(refill, self._units, num_slots)
-        self._order = Order(tuple(units))
-        self._turn = Turn(self._forget, (Residency.look_up.__code__, Residency.close.__code__))
+        self._filler = filler
+        self._units: dict[str, Unit] = {}
+        self._ring = Ring(filler)
+        self._states = States(self._units, self._ring, filler, num_slots, self)
+        self._hooks = hooks
+        self._adopt = adopt
+        own = Residency
+        scopes = own.start, own.close, own.change, own.ask, own.look_up, own.lend
+        self._turn = Turn(self._forget, (function.__code__ for function in scopes))
         self._entered: list[str] = []
-        self._experts: ExpertCounts | None = None
         self._closed = False
-        self._passes = self._uses = self._hits = self._unforeseen = self._streamed_bytes = 0
-        self._stall_s = 0.0
-        self._pass_bytes = sum(map(refill.moved_bytes, self._units))
-        self._meter = Meter(len(units), self._pass_bytes, observer)
-        self._tracer: Tracer = NO_TRACE
-        self.hooks: list[RemovableHandle] = []
-        self._slots.fill_ahead(self._order)
+        self._num_changing = 0
+        self._passes = 0
+        self._meter = Meter(observer)
 
-    def stats(self) -> StreamStats:
-        """What was done so far."""
-        experts, readers = self._experts or ExpertCounts(), self._refill.readers()
-        return StreamStats(
-            passes=self._passes,
-            uses=self._uses,
-            hits=self._hits,
-            unforeseen=self._unforeseen,
-            streamed_bytes=self._streamed_bytes + experts.read_bytes,
-            stall_s=self._stall_s + experts.stall_s,
-            num_units=len(self._units),
-            num_slots=len(self._slots),
-            slot_bytes=self._slots.nbytes,
-            pass_bytes=self._pass_bytes,
-            pass_s=self._meter.seconds,
-            read_bytes=sum(reader.done_bytes for reader in readers),
-            read_s=sum(reader.busy_s for reader in readers),
-            expert_uses=experts.uses,
-            expert_hits=experts.hits,
-            expert_bytes=experts.read_bytes,
-            room_bytes=experts.room_bytes,
-        )
+    def take_on(self, units: Iterable[Unit]) -> None:
+        """Know units that are streamed."""
+        self._units |= {unit.name: unit for unit in units}
 
-    def count_experts(self, counts: ExpertCounts) -> None:
-        """Tell of experts, which have a room of their own, in the statistics."""
-        self._experts = counts
+    def take_off_hooks(self) -> None:
+        """Hear of no forward any more."""
+        self._hooks.remove()
+
+    def have_room(self, room: ExpertRoom) -> None:
+        """Know of experts that come one by one."""
+        self._states.room = room
 
     @property
     def units(self) -> tuple[str, ...]:
-        """What comes and goes."""
-        return tuple(self._units)
+        """What comes and goes at present."""
+        return tuple(name for name, unit in self._units.items() if not unit.is_kept)
 
     def trace_to(self, tracer: Tracer) -> None:
         """Have reads, waits and switches kept by `tracer` from now on."""
-        self._tracer = tracer
-        for reader in self._refill.readers():
+        self._ring.tracer = tracer
+        for reader in self._filler.readers():
             reader.tracer = tracer
 
+    def start(self, needed_bytes: int = 0) -> None:
+        """Begin to stream: with hooks, slots, and the first units on their way.
+
+        Args:
+            needed_bytes: what a run will use of the memory that is free now.
+        """
+        with self._turn:
+            self._states.watch.needed_bytes = needed_bytes
+            self._hooks.put(self, self._entries())
+            self._states.stream()
+
+    def stats(self) -> StreamStats:
+        """What was done so far."""
+        states = self._states
+        counted = counted_so_far(self._ring, self._filler, states.room, states.shortage)
+        return replace(counted, passes=self._passes, pass_s=self._meter.seconds)
+
     def close(self) -> None:
-        """End the threads and close the files; the model cannot be used any more."""
+        """End the threads and close the files; a model that needs them cannot be used any more."""
         with self._turn:
             self._closed = True
-            self._refill.close()
+            self._states.watch.stop()
+            self._filler.close()
 
     def begin_pass(self, *_: Any) -> None:
         """Before the forward of the whole model: take the turn.
@@ -126,15 +118,12 @@ class Residency:
         Raises:
             LoadstoneError: a file is not the one whose header was read.
         """
-        if self._turn.is_mine:  # an interrupt (Ctrl-C) ended this thread's last forward without a word
-            self._forget()
-            self._turn.drop()
-        self._turn.acquire()
-        self._entered.append("")
-        if not self._closed:
-            self._check(self._refill.check_all)
-        self._passes += 1
-        self._meter.begin(self._passes, self._streamed_bytes, self._stall_s)
+        self._drop_lost_turn()
+        if self._begin(""):
+            self._check_files()
+            self._passes += 1
+            self._meter.expect(len(self._ring.units), self._ring.pass_bytes)
+            self._meter.begin(self._passes, self._ring.streamed_bytes, self._ring.stall_s)
 
     def end_pass(self, *hooked: Any) -> None:
         """After it.
@@ -142,13 +131,17 @@ class Residency:
         Raises:
             LoadstoneError: a file was written to meanwhile, and what of it is mapped may have changed.
         """
-        if self.is_computing():
-            try:
-                self._meter.end(self._streamed_bytes, self._stall_s)
-                if hooked[-1] is not None:  # no error is on its way already
-                    self._check(self._refill.check_all)
-            finally:
-                self._left("")
+        if not self.is_computing() or "" not in self._entered:
+            return
+        failed = hooked[-1] is None
+        try:
+            self._meter.end(self._ring.streamed_bytes, self._ring.stall_s)
+            if failed:
+                self._relieve(sys.exception())
+            else:
+                self._check_files()
+        finally:
+            self._left("", failed=failed)
 
     def enter(self, unit: str, *_: Any) -> None:
         """Before the forward of a unit: have its parameters in place.
@@ -157,23 +150,19 @@ class Residency:
             StreamedModel: gradients were asked for, or the model was closed.
             LoadstoneError: its files cannot be read, or are not those whose headers were read.
         """
-        self._turn.acquire()
-        if not self._entered:
-            self._meter.start()
-        self._entered.append(unit)
+        if not self._begin(unit) or self._units[unit].is_kept:
+            return
         self._refuse_gradients(unit)
-        slot = self._slots.find(unit)
+        slot = self._ring.where.get(unit)
         if slot is None or slot.state is not State.USED:
-            self._uses += 1
-            self._order.visit(unit)
-            self._meter.need(unit, self._streamed_bytes, self._stall_s)
-            slot = self._arrived(unit)
+            self._meter.need(unit, self._ring.streamed_bytes, self._ring.stall_s)
+            slot = self._ring.arrive(unit)
             slot.state = State.USED
             begin = time.perf_counter()
-            self._switch(unit, slot)
-            self._tracer.span("switch", unit, begin)
+            self._units[unit].put_views(slot, self._filler.layout(unit))
+            self._ring.tracer.span("switch", unit, begin)
         slot.depth += 1
-        self._slots.fill_ahead(self._order)
+        self._ring.read_ahead()
 
     def hold(self, unit: str) -> None:
         """Before the forward of a module that has its parameters from elsewhere: take the turn; `leave` it after.
@@ -181,9 +170,8 @@ class Residency:
         Raises:
             StreamedModel: gradients were asked for, or the model was closed.
         """
-        self._turn.acquire()
-        self._entered.append(unit)
-        self._refuse_gradients(unit)
+        if self._begin(unit):
+            self._refuse_gradients(unit)
 
     def leave(self, unit: str, *hooked: Any) -> Any:
         """After it: let the slot go, and read what comes next.
@@ -193,22 +181,21 @@ class Residency:
         """
         if not self.is_computing() or unit not in self._entered:
             return None
-        slot, output = self._slots.find(unit), None
+        slot, output = self._ring.where.get(unit), None
         if slot is not None and slot.state is State.USED:
-            output = kept(hooked[-1], slot.data)
+            output = kept_output(hooked[-1], slot.data)
             slot.depth -= 1
             if not slot.depth:
                 self._let_go(slot)
-                self._slots.fill_ahead(self._order)
-        self._left(unit)
+                self._ring.read_ahead()
+        self._left(unit, failed=hooked[-1] is None)
         return output
 
-    def look_up(self, rows: Table, table: torch.Tensor, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
+    def look_up(self, unit: str, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
         """Read rows of a table, and take what is wanted of them.
 
         Args:
-            rows: reads them.
-            table: where they are then.
+            unit: the table's.
             fqn: the table's name.
             ids: the numbers of the rows.
             take: called with the table; what it returns must not lie in it.
@@ -217,15 +204,13 @@ class Residency:
             What `take` returned.
         """
         with self._turn:
+            self._be_ready()
+            if self._units[unit].is_kept:
+                owner, name = next(one for one in self._units[unit].members if one.placeholder.fqn == fqn).owners[0]
+                self._release_hooks()
+                return take(owner[name])
             self._refuse_gradients(fqn)
-            before, begin = rows.read_bytes, time.perf_counter()
-            rows.bring(ids.numpy(force=True))
-            self._stall_s += time.perf_counter() - begin
-            self._streamed_bytes += rows.read_bytes - before
-            self._tracer.span("wait", fqn, begin, rows.read_bytes - before)
-            taken = take(table)
-            rows.trim()
-            return taken
+            return self._units[unit].tables[fqn].look_up(ids, take, self._ring)
 
     def lend(self, unit: str, work: Callable[[], Any]) -> Any:
         """Have a unit in place while `work` runs, though its module does not compute.
@@ -245,91 +230,170 @@ class Residency:
             copied = self.leave(unit, result)
         return result if copied is None else copied
 
+    def can_lend(self, unit: str) -> bool:
+        """Whether a unit is there, can be woken, or is needed by a forward that is under way in this thread."""
+        known = self._units[unit]
+        return known.is_kept or self._states.parked is not None or (bool(known.entries) and self.is_computing())
+
     def is_computing(self) -> bool:
         """Whether a forward of the model is under way in this thread."""
         return self._turn.is_mine and bool(self._entered)
 
-    def _left(self, entered: str) -> None:
+    @property
+    def can_change(self) -> bool:
+        """Whether units can go and come back while the model lives."""
+        return self._filler.can_rest
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model is there to stay."""
+        return self._states.is_whole
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the model has left memory."""
+        return self._states.parked is not None
+
+    def change(self, work: Callable[[States], Changed]) -> Changed:
+        """Have units go or come back between forwards, with hooks on that tell of all of them.
+
+        Args:
+            work: is given the states of the units.
+
+        Returns:
+            What `work` returned.
+
+        Raises:
+            StreamedModel: the model was closed.
+        """
+        self._drop_lost_turn()
+        with self._turn:
+            self._refuse_if_closed("the model")
+            were_on = self._hooks.are_on
+            self._num_changing += 1
+        try:
+            with self._turn:
+                self._know_all()
+            if not were_on:
+                self._hooks.wait_for_others()
+            with self._turn:
+                return work(self._states)
+        finally:
+            with self._turn:
+                self._num_changing -= 1
+                self._release_hooks()
+
+    def ask(self, nbytes: int) -> None:
+        """Give back so many bytes as soon as that can be done, or take so many again where they are less than 0."""
+        self._states.shortage.asked_bytes = nbytes
+        if self._turn.try_acquire():
+            try:
+                if not self._entered:  # no forward is under way
+                    self._settle()
+            finally:
+                self._turn.release()
+
+    def given_back(self) -> tuple[int, int]:
+        """The bytes of the units that went for want of memory, and of the smallest of them."""
+        sizes = [self._units[name].nbytes for name in tuple(self._states.shortage.units)]
+        return sum(sizes), min(sizes, default=0)
+
+    def _be_ready(self) -> None:
+        """Wake the model if it is parked, and do what was asked for when memory was looked at."""
+        if self._states.parked is not None:
+            self._refuse_if_closed("the model")
+            self._states.wake()
+        if self._states.shortage.asked_bytes and not self._ring.is_used() and not torch.is_grad_enabled():
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._closed or self._states.parked is not None:
+            self._states.shortage.asked_bytes = 0
+            return
+        self._know_all()
+        self._states.settle(self._entered)
+
+    def _know_all(self) -> None:
+        """Find the units that were loaded to stay, once, and have hooks on them."""
+        if self._adopt is not None:
+            self._states.adopt(self._adopt(self, self._units))
+            self._adopt = None
+        self._hooks.put(self, self._entries())
+
+    def _entries(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(unit.name, unit.entries) for unit in self._units.values()]
+
+    def _begin(self, entered: str) -> bool:
+        """A forward begins: take the turn, and have what is needed for it. False where nobody is told of forwards."""
+        self._turn.acquire()
+        if not self._hooks.are_on:  # they were taken off while this thread waited
+            self._turn.release()
+            return False
+        if not self._entered:
+            self._meter.start()
+        self._entered.append(entered)
+        self._be_ready()
+        return True
+
+    def _left(self, entered: str, *, failed: bool) -> None:
         """One forward is over, and with the outermost the turn."""
         self._entered.remove(entered)
         if not self._entered:
             self._meter.stop()
+        if not failed:  # torch walks over the hooks while it handles an error
+            self._release_hooks()
         self._turn.release()
+
+    def _check_files(self) -> None:
+        if not self._states.is_whole:
+            self._ring.check(self._filler.check_all)
+
+    def _relieve(self, error: BaseException | None) -> None:
+        """Give memory back where a forward ended because there was too little of it."""
+        if not self.can_change or torch.is_grad_enabled():
+            return
+        if self._entered == [""] and error is not None and is_out_of_memory(error):
+            self._know_all()
+            self._states.relieve(error)
+
+    def _release_hooks(self) -> None:
+        """Leave the module alone once all of it is there to stay."""
+        if self._states.is_whole and not self._entered and not self._num_changing:
+            self._hooks.remove()
+
+    def _drop_lost_turn(self) -> None:
+        """Give the turn back where an interrupt (Ctrl-C) ended this thread's last forward without a word."""
+        if self._turn.is_mine:
+            self._forget()
+            self._turn.drop()
 
     def _forget(self) -> None:
         """Forget forwards that never ended."""
-        for slot in self._slots:
+        for slot in self._ring.slots:
             if slot.state is State.USED:
                 self._let_go(slot)
         self._entered.clear()
 
-    def _refuse_gradients(self, unit: str) -> None:
+    def _refuse_if_closed(self, what: str) -> None:
         if self._closed:
-            raise StreamedModel(f"{unit}: its model was closed and its files with it; load the model again.")
+            raise StreamedModel(f"{what}: its model was closed and its files with it; load the model again.")
+
+    def _refuse_gradients(self, unit: str) -> None:
+        self._refuse_if_closed(unit)
         if torch.is_grad_enabled():
             raise StreamedModel(
                 f"{unit}: expected a forward without gradients, found them enabled; the weights are gone after the "
                 "forward, so nothing can be propagated back. Use torch.inference_mode() or torch.no_grad()."
             )
 
-    def _arrived(self, unit: str) -> Slot:
-        """The slot of a unit, once all of it is there."""
-        slot = self._slots.find(unit)
-        if slot is None:
-            self._unforeseen += 1
-            slot = self._slots.for_unforeseen(unit, self._order)
-            self._slots.fill(unit, slot, priority=-1)
-        if slot.state is State.COMING and slot.batch is not None:
-            begin = time.perf_counter()
-            self._hits += slot.batch.is_over
-            try:
-                slot.batch.wait()
-            except BaseException:
-                self._slots.empty(slot)
-                raise
-            self._stall_s += time.perf_counter() - begin
-            self._streamed_bytes += slot.batch.total_bytes
-            self._tracer.span("wait", unit, begin, slot.batch.total_bytes)
-            slot.state, slot.batch = State.READY, None
-        else:
-            self._hits += 1
-        self._refill.attend(slot.data)
-        self._check(partial(self._refill.check, unit))
-        return slot
-
-    def _check(self, files: Callable[[], None]) -> None:
-        """Check files; what was read ahead of wrong ones is dropped, for the right ones may be put back."""
-        try:
-            files()
-        except BaseException:
-            self._slots.empty_unused()
-            raise
-
-    def _switch(self, unit: str, slot: Slot) -> None:
-        """Put the parameters that lie in a slot into their modules."""
-        if unit not in slot.parameters:
-            slot.parameters[unit] = self._views(unit, slot.data)
-        for member, parameter in zip(self._units[unit], slot.parameters[unit], strict=True):
-            for owner, name in member.owners:
-                owner[name] = parameter
-
     def _let_go(self, slot: Slot) -> None:
-        for member in self._units[slot.unit]:
-            for owner, name in member.owners:
-                owner[name] = member.placeholder
+        self._units[slot.unit].put_placeholders()
         slot.state, slot.depth = State.READY, 0
-        self._refill.release(slot.data)
-
-    def _views(self, unit: str, data: torch.Tensor) -> list[nn.Parameter]:
-        with torch.inference_mode(False):
-            return [
-                nn.Parameter(tensor, requires_grad=member.placeholder.requires_grad)
-                for tensor, member in zip(self._refill.layout(unit).views(data), self._units[unit], strict=True)
-            ]
+        self._filler.release(slot.data)
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled, and the model with it."""
         raise StreamedModel(
-            "expected a model that is wholly in memory to copy or pickle, found one that is streamed from its files; "
-            "load it again instead of copying it."
+            "expected a model that is wholly in memory to copy or pickle, found one that is streamed from its files "
+            "or parked; load it again, or wake it, instead of copying it."
         )

@@ -16,6 +16,8 @@ _PATIENCE_S = 0.5
 class Turn:
     """A lock that its thread may take again, and that is not lost with a forward that an interrupt has ended.
 
+    Threads queue for it: one that computes on and on does not keep the others out.
+
     Hooks end with the forward they belong to, but not when Ctrl-C ends it: then nobody gives the turn back. So whoever
     waits looks whether the thread that has it is still inside a module's forward.
 
@@ -29,6 +31,7 @@ class Turn:
         self._inside = {nn.Module._call_impl.__code__, *scopes}
         self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
         self._changed = threading.Condition(self._lock)
+        self._door = threading.Lock()
         self._owner = 0
         self._depth = 0
 
@@ -39,6 +42,23 @@ class Turn:
 
     def acquire(self) -> None:
         """Wait for it."""
+        if self.is_mine:
+            self._take()
+            return
+        with self._door:
+            self._take()
+
+    def try_acquire(self) -> bool:
+        """Take it if nobody else has it."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._owner not in (0, me):
+                return False
+            self._owner = me
+            self._depth += 1
+            return True
+
+    def _take(self) -> None:
         me, was_lost = threading.get_ident(), False
         with self._lock:
             while self._owner not in (0, me):

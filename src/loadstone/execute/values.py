@@ -149,6 +149,7 @@ class StreamStats:
         expert_bytes: read from the files for experts; part of `streamed_bytes`.
         room_bytes: the memory that experts take at most.
         disk_bytes_per_s: what the disk was measured to do at best; None where that was not measured.
+        given_back_bytes: of units that left memory because it was short, each time they did.
     """
 
     passes: int
@@ -169,6 +170,7 @@ class StreamStats:
     expert_bytes: int = 0
     room_bytes: int = 0
     disk_bytes_per_s: float | None = None
+    given_back_bytes: int = 0
 
     @property
     def compute_s(self) -> float:

@@ -20,6 +20,8 @@ class Combined:
         others: closed with this too.
     """
 
+    can_rest = False
+
     def __init__(self, fillers: Mapping[str, Filler], destination: Destination, *others: Filler) -> None:
         self._fillers = dict(fillers)
         self._destination = destination
@@ -48,6 +50,9 @@ class Combined:
     def release(self, slot: torch.Tensor) -> None:
         """What this thread was asked to compute until now comes before the next fill of the slot."""
         self._destination.release(slot)
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """Slots of a destination stay for as long as it does."""
 
     def check(self, unit: str) -> None:
         """Check that what a unit was filled from is still the same."""

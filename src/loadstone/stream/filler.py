@@ -39,8 +39,9 @@ class Layout:
         return max(place.begin + _nbytes(place) for place in self.places)
 
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters in memory that is laid out so; nothing is copied."""
-        return [_view(memory, place) for place in self.places]
+        """The parameters in memory that is laid out so; normal tensors also where they are made in inference mode."""
+        with torch.inference_mode(False):
+            return [_view(memory, place) for place in self.places]
 
 
 class Filling(Protocol):
@@ -73,7 +74,13 @@ def unknown(_: Filling) -> None:
 
 
 class Filler(Protocol):
-    """Fills slots with units; close it."""
+    """Fills slots with units; close it.
+
+    Attributes:
+        can_rest: it goes on when it is used again after it was closed, and brings back what it is asked for.
+    """
+
+    can_rest: bool
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot, and how large that must be."""
@@ -99,6 +106,9 @@ class Filler(Protocol):
 
     def release(self, slot: torch.Tensor) -> None:
         """What this thread was asked to compute until now must be over before the slot is filled anew."""
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """Nothing is sent into a slot any more."""
 
     def check(self, unit: str) -> None:
         """Check that what a unit was filled from is what it was when the model was loaded.

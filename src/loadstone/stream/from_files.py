@@ -14,17 +14,20 @@ class FromFiles:
     """Files -> host memory.
 
     Args:
-        refill: knows what is read for each unit; it is closed with this.
+        refill: knows what is read for each unit, of which it may learn more; it is closed with this.
     """
+
+    can_rest = True
 
     def __init__(self, refill: Refill) -> None:
         self._refill = refill
-        self._layouts = {
-            unit: Layout(places=tuple(recipe.places), nbytes=recipe.nbytes) for unit, recipe in refill.recipes.items()
-        }
+        self._layouts: dict[str, Layout] = {}
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot: in the order of its files."""
+        if unit not in self._layouts:
+            recipe = self._refill.recipes[unit]
+            self._layouts[unit] = Layout(places=tuple(recipe.places), nbytes=recipe.nbytes)
         return self._layouts[unit]
 
     def moved_bytes(self, unit: str) -> int:
@@ -32,8 +35,9 @@ class FromFiles:
         return self._refill.recipes[unit].moved_bytes
 
     def slot(self, nbytes: int) -> torch.Tensor:
-        """Page-aligned host memory."""
-        return torch.from_numpy(anonymous(nbytes))
+        """Page-aligned host memory; a normal tensor also where it is made in inference mode."""
+        with torch.inference_mode(False):
+            return torch.from_numpy(anonymous(nbytes))
 
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Batch:
         """Begin to read a unit into a slot."""
@@ -46,6 +50,10 @@ class FromFiles:
 
     def release(self, slot: torch.Tensor) -> None:
         """The host has computed when a forward returns."""
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """Hold on to nothing that was prepared for a slot."""
+        self._refill.forget(slot.numpy())
 
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read."""
@@ -60,5 +68,5 @@ class FromFiles:
         return (self._refill.reader,)
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files, until something is read again."""
         self._refill.close()

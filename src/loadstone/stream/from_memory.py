@@ -66,6 +66,8 @@ class FromMemory:
         destination: where the slots are; closed by whoever made it.
     """
 
+    can_rest = False
+
     def __init__(self, homes: Mapping[str, Home], layouts: Mapping[str, Layout], destination: Destination) -> None:
         self._homes = homes
         self._layouts = layouts
@@ -102,6 +104,9 @@ class FromMemory:
     def release(self, slot: torch.Tensor) -> None:
         """What this thread was asked to compute until now comes before the next fill of the slot."""
         self._destination.release(slot)
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """Slots of a destination stay for as long as it does."""
 
     def check(self, unit: str) -> None:
         """Memory is nobody else's."""

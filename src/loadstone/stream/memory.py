@@ -274,3 +274,15 @@ def anonymous(nbytes: int, *, sparse: bool = False) -> Bytes:
 def give_back(array: Bytes) -> None:
     """Let the system have the pages of anonymous memory; they read as zeros from now on."""
     _advise(array, mmap.MADV_DONTNEED)
+
+
+def unmap_clean(address: int, nbytes: int) -> None:
+    """Let the pages of a stretch of a mapped file go that nothing else lies in; whoever touches them gets them anew.
+
+    Args:
+        address: of the stretch, which was not written to.
+        nbytes: of it.
+    """
+    begin, end = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + nbytes) // PAGE_BYTES * PAGE_BYTES
+    if begin < end:
+        _libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)

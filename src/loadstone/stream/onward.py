@@ -43,6 +43,8 @@ class Onward:
         destination: where the slots are; closed by whoever made it.
     """
 
+    can_rest = False
+
     def __init__(self, inner: Filler, layouts: Mapping[str, Layout], destination: Destination) -> None:
         self._inner = inner
         self._layouts = layouts
@@ -76,6 +78,9 @@ class Onward:
     def release(self, slot: torch.Tensor) -> None:
         """What this thread was asked to compute until now comes before the next fill of the slot."""
         self._destination.release(slot)
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """Slots of a destination stay for as long as it does."""
 
     def check(self, unit: str) -> None:
         """Check what the inner filler checks."""

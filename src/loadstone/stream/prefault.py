@@ -55,7 +55,7 @@ class Prefault:
         self._cut_short: Path | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        work = [self._work] * min(_MAX_THREADS, max(2, num_cores()))
+        work = [self._work] * _num_threads(beside_imports=beside_imports)
         self._threads = [
             threading.Thread(target=target, name=f"loadstone-prefault-{number}", daemon=True)
             for number, target in enumerate(work if beside_imports else [*work, self._read_ahead])
@@ -108,6 +108,13 @@ class Prefault:
             event = BytesMoved(stage="page in", done_bytes=self.done_bytes, total_bytes=self._total_bytes)
         if before // _TELL_BYTES != event.done_bytes // _TELL_BYTES or event.done_bytes == self._total_bytes:
             self._observer(event)
+
+
+def _num_threads(*, beside_imports: bool) -> int:
+    """How many threads bring pages in. The imports run in one, and what takes their core or their disk slows them."""
+    if beside_imports:
+        return max(1, min(_MAX_THREADS, num_cores() - 1))
+    return min(_MAX_THREADS, max(2, num_cores()))
 
 
 def _not_cached(ranges: Iterable[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:

@@ -242,7 +242,7 @@ class Reader:
         return batch
 
     def close(self) -> None:
-        """Cancel every batch and end the threads."""
+        """Cancel every batch and end the threads; whoever begins another has threads again."""
         with self._lock:
             self._closed = True
             batches, threads = [batch for *_, batch in self._queue], tuple(self._threads)
@@ -252,6 +252,7 @@ class Reader:
             batch.cancel()
         for thread in threads:
             thread.join()
+        self._closed = False
 
     def _work(self) -> None:
         staging = self._staging()

@@ -213,6 +213,7 @@ class Refill:
         observer: is told of bytes.
 
     Attributes:
+        tensors: of the checkpoint, by name.
         recipes: how each unit fills a slot.
         reader: the threads that read.
         files: the files, which stay open.
@@ -221,13 +222,18 @@ class Refill:
     def __init__(
         self, units: Mapping[str, Sequence[Wanted]], checkpoint: Checkpoint, observer: Observer = ignore
     ) -> None:
-        self._tensors = checkpoint.tensors
+        self.tensors = checkpoint.tensors
         self._versions = {file.path: file for file in checkpoint.files}
         self._files_of = {name: self.versions(wanted) for name, wanted in units.items()}
         self._prepared: dict[tuple[str, int], tuple[Prepared, list[Rearranged]]] = {}
         self.recipes = {name: recipe_for(wanted, checkpoint.tensors) for name, wanted in units.items()}
         self.reader = Reader(observer=observer, stage="stream")
         self.files = OpenFiles(streaming_manners(self._versions), checkpoint.files)
+
+    def add(self, units: Mapping[str, Sequence[Wanted]]) -> None:
+        """Know more units; see the class."""
+        self._files_of |= {name: self.versions(wanted) for name, wanted in units.items()}
+        self.recipes |= {name: recipe_for(wanted, self.tensors) for name, wanted in units.items()}
 
     def fill(self, unit: str, slot: Bytes, *, priority: int = 0) -> Batch:
         """Begin to read a unit into a slot, which nobody must use meanwhile.
@@ -252,6 +258,11 @@ class Refill:
             kernel.restart()
         return batch_of(prepared, self.files, unit)
 
+    def forget(self, slot: Bytes) -> None:
+        """Hold on to a slot no longer: it goes, or is not filled again."""
+        for key in [key for key in self._prepared if key[1] == slot.ctypes.data]:
+            del self._prepared[key]
+
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read.
 
@@ -260,6 +271,10 @@ class Refill:
             FileChanged: one was replaced, cut short or written to.
         """
         check_unchanged(self._files_of[unit])
+
+    def info(self, wanted: Wanted) -> TensorInfo:
+        """The tensor that fills a parameter, or the first of those that do."""
+        return self.tensors[wanted.assignment.parts[0].source]
 
     def check_all(self) -> None:
         """Check that all files are those whose headers were read.
@@ -272,10 +287,10 @@ class Refill:
 
     def versions(self, wanted: Iterable[Wanted]) -> tuple[CheckpointFile, ...]:
         """The files that parameters lie in, as they were when their headers were read."""
-        paths = {self._tensors[part.source].file: None for one in wanted for part in one.assignment.parts}
+        paths = {self.tensors[part.source].file: None for one in wanted for part in one.assignment.parts}
         return tuple(self._versions[path] for path in paths)
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files, until something is read again."""
         self.reader.close()
         self.files.close()

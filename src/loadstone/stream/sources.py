@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from loadstone.stream.transfer import NoLink
 
 Groups = Mapping[str, Sequence[str]]
 Rounding = Callable[[str], str | None]
+NONE: Groups = MappingProxyType({})
 
 
 class Keep(Enum):
@@ -40,8 +42,13 @@ class Keep(Enum):
 class Source(Protocol):
     """Where units come from."""
 
-    def filler(self, groups: Groups) -> Filler:
-        """What fills slots with these units, each the names of its parameters; called once."""
+    def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
+        """What fills memory with units; called once.
+
+        Args:
+            groups: the names of the parameters of each.
+            tables: the same for units of which rows are looked up; what can bring back whole units knows them too.
+        """
 
     @property
     def refill(self) -> Refill | None:
@@ -87,22 +94,41 @@ class FileSource:
     def __init__(
         self, wanted: Mapping[str, Wanted], checkpoint: Checkpoint, way: Way, observer: Observer = ignore
     ) -> None:
-        self._wanted = wanted
+        self._wanted = dict(wanted)
         self._checkpoint = checkpoint
         self._way = way
         self._observer = observer
         self._refill: Refill | None = None
+        self._files: FromFiles | None = None
 
-    def filler(self, groups: Groups) -> Filler:
+    def add(self, wanted: Mapping[str, Wanted]) -> None:
+        """Know more parameters, which are read as they must be in memory of the host."""
+        self._wanted |= wanted
+
+    def more(self, groups: Groups) -> Filler:
+        """What fills memory with further units: what was made before, where that reads them from files to the host.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        if self._files is None or self._refill is None:
+            raise RuntimeError("units can be added only to what reads files into memory of the host")
+        self._refill.add({name: [self._wanted[fqn] for fqn in fqns] for name, fqns in groups.items()})
+        return self._files
+
+    def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """The shortest chain that ends in the destination."""
         way, rounds = self._way, any(map(self._way.rounding, self._wanted))
         nearby = way.destination.device.type == "cpu" and not way.destination.is_late
         stored = {fqn: self._on_the_way(wanted, stays=nearby and not rounds) for fqn, wanted in self._wanted.items()}
+        direct = nearby and not rounds and all(way.keep(fqn) is Keep.DISK for fqn in self._wanted)
+        known = {**groups, **tables} if direct else groups
         self._refill = Refill(
-            {name: [stored[fqn] for fqn in fqns] for name, fqns in groups.items()}, self._checkpoint, self._observer
+            {name: [stored[fqn] for fqn in fqns] for name, fqns in known.items()}, self._checkpoint, self._observer
         )
         files = FromFiles(self._refill)
-        if nearby and not rounds and all(way.keep(fqn) is Keep.DISK for fqn in self._wanted):
+        if direct:
+            self._files = files
             return files
         return self._chain(files, groups)
 
@@ -232,7 +258,7 @@ class MemorySource:
     moved: Callable[[str, torch.Tensor], None]
     homes: dict[str, Home] = field(default_factory=dict)
 
-    def filler(self, groups: Groups) -> Filler:
+    def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """Put each unit where it is kept, and fill slots from there."""
         destination = self.way.destination
         layouts = {}

@@ -1,0 +1,266 @@
+"""Units that stay in memory until they are asked to go, and come back as they were."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadstone.execute.placeholder import StreamedParameter, Take
+from loadstone.execute.slots import Ring, Slot
+from loadstone.execute.spread import Piece
+from loadstone.stream.filler import Filler, Filling, Layout
+from loadstone.stream.memory import PAGE_BYTES, give_back, unmap_clean
+from loadstone.stream.rows import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One parameter of a unit.
+
+    Attributes:
+        placeholder: what stands for it.
+        owners: the parameter dicts of the modules that hold it, with its name there.
+    """
+
+    placeholder: StreamedParameter
+    owners: tuple[tuple[dict[str, Any], str], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.placeholder.numel() * self.placeholder.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A parameter as it was put in its place, to tell later whether it is the same still.
+
+    Attributes:
+        parameter: it, for as long as somebody else holds it.
+        address: of its elements.
+        version: torch's count of changes in place.
+    """
+
+    parameter: weakref.ref[nn.Parameter]
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> Home:
+        """What there is to know of a parameter now."""
+        return cls(weakref.ref(parameter), parameter.data_ptr(), parameter._version)
+
+    def is_unchanged(self, found: Any) -> bool:
+        """Whether what is found in its place holds what it held, and nothing that would be lost with it."""
+        put = self.parameter()
+        if put is None or found is not put:
+            return False
+        return put.grad is None and (put.data_ptr(), put._version) == (self.address, self.version)
+
+
+class Lookup:
+    """A parameter of which rows are looked up while it is not kept.
+
+    Args:
+        fqn: its name.
+        make: gives what brings rows in, and the tensor on the host that they are in then.
+    """
+
+    def __init__(self, fqn: str, make: Callable[[], tuple[Table, torch.Tensor]]) -> None:
+        self._fqn = fqn
+        self._make = make
+        self._made: tuple[Table, torch.Tensor] | None = None
+
+    def rows(self) -> tuple[Table, torch.Tensor]:
+        """What brings rows in, and the tensor that they are in then."""
+        if self._made is None:
+            with torch.inference_mode(False):
+                self._made = self._make()
+        return self._made
+
+    def look_up(self, ids: torch.Tensor, take: Take, ring: Ring) -> torch.Tensor:
+        """Read rows, and take what is wanted of them.
+
+        Args:
+            ids: the numbers of the rows.
+            take: called with the table; what it returns must not lie in it.
+            ring: counts what was read and waited for.
+        """
+        rows, table = self.rows()
+        before, begin = rows.read_bytes, time.perf_counter()
+        rows.bring(ids.numpy(force=True))
+        nbytes = rows.read_bytes - before
+        ring.stall_s += time.perf_counter() - begin
+        ring.streamed_bytes += nbytes
+        ring.tracer.span("wait", self._fqn, begin, nbytes)
+        taken = take(table)
+        rows.trim()
+        return taken
+
+    def drop(self) -> None:
+        """Keep no row."""
+        self._made = None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Unit:
+    """What comes and goes together.
+
+    Attributes:
+        name: of it.
+        members: its parameters, in the order in which they lie in a slot.
+        entries: the paths of the modules whose forward needs it; none for what is only looked up by rows.
+        order: its place in the walk.
+        tables: those of its parameters that are looked up by rows, by fqn.
+        maps: gives its parameters where they lie in their files, where they are used there when they are kept.
+        is_kept: it is in memory for good.
+        homes: its parameters, where it is kept.
+        attributes: what others have attached to them.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    entries: tuple[str, ...]
+    order: int
+    tables: dict[str, Lookup] = field(default_factory=dict)
+    maps: Callable[[], list[torch.Tensor]] | None = None
+    is_kept: bool = False
+    homes: tuple[Home, ...] = ()
+    attributes: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes where it is kept."""
+        return sum(member.nbytes for member in self.members)
+
+    def changed(self) -> str:
+        """The first of its parameters that is not what was put there; "" for none."""
+        for member, home in zip(self.members, self.homes, strict=False):
+            if not all(home.is_unchanged(owner.get(name)) for owner, name in member.owners):
+                return member.placeholder.fqn
+        return ""
+
+    def put(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have parameters in their modules."""
+        for member, parameter in zip(self.members, parameters, strict=True):
+            for owner, name in member.owners:
+                owner[name] = parameter
+
+    def put_views(self, slot: Slot, layout: Layout) -> None:
+        """Have there what is in a slot."""
+        if self.name not in slot.parameters:
+            slot.parameters[self.name] = parameters(self, layout.views(slot.data))
+        self.put(slot.parameters[self.name])
+
+    def put_placeholders(self) -> None:
+        """Have the placeholders there."""
+        for member in self.members:
+            for owner, name in member.owners:
+                owner[name] = member.placeholder
+
+
+def parameters(unit: Unit, tensors: Iterable[torch.Tensor]) -> list[nn.Parameter]:
+    """The parameters of a unit, of the tensors that hold their elements."""
+    with torch.inference_mode(False):
+        return [
+            nn.Parameter(tensor, requires_grad=member.placeholder.requires_grad)
+            for tensor, member in zip(tensors, unit.members, strict=True)
+        ]
+
+
+class Kept:
+    """Lets units go, and brings them back; whoever uses it has the model's turn.
+
+    Args:
+        units: of the model, by name; may grow.
+        filler: fills memory with them.
+    """
+
+    def __init__(self, units: Mapping[str, Unit], filler: Filler) -> None:
+        self._units = units
+        self._filler = filler
+
+    def pieces(self) -> list[Piece]:
+        """All units in the order of the walk, less those that must stay because they were changed."""
+        return [
+            Piece(
+                name=unit.name,
+                nbytes=unit.nbytes,
+                slot_bytes=self._filler.layout(unit.name).nbytes if unit.entries else 0,
+                is_kept=unit.is_kept,
+            )
+            for unit in sorted(self._units.values(), key=lambda unit: unit.order)
+            if not unit.changed()
+        ]
+
+    def demote(self, names: Iterable[str]) -> int:
+        """Let units go.
+
+        Returns:
+            The bytes that they took.
+        """
+        nbytes = 0
+        for unit in map(self._units.__getitem__, names):
+            there = [owner[name] for owner, name in (member.owners[0] for member in unit.members)]
+            unit.attributes = tuple(dict(vars(parameter)) for parameter in there)
+            for member, parameter in zip(unit.members, there, strict=True):
+                member.placeholder.requires_grad_(parameter.requires_grad)
+                if unit.maps is not None:
+                    unmap_clean(parameter.data_ptr(), member.nbytes)
+            unit.put_placeholders()
+            unit.homes, unit.is_kept = (), False
+            nbytes += unit.nbytes
+        return nbytes
+
+    def promote(self, names: Iterable[str]) -> None:
+        """Bring units back, all of them or none.
+
+        Raises:
+            LoadstoneError: their files cannot be read, or are not those whose headers were read.
+        """
+        units = [self._units[name] for name in names]
+        tensors: dict[str, list[torch.Tensor]] = {}
+        coming: list[tuple[Unit, torch.Tensor, Filling]] = []
+        try:
+            for unit in units:
+                if unit.maps is not None:
+                    self._filler.check(unit.name)
+                    tensors[unit.name] = unit.maps()
+                else:
+                    memory = self._filler.slot(self._filler.layout(unit.name).nbytes)
+                    coming.append((unit, memory, self._filler.fill(unit.name, memory, priority=-1)))
+            for unit, memory, filling in coming:
+                filling.wait()
+                tensors[unit.name] = self._cut(unit, memory)
+            for unit in units:
+                self._filler.check(unit.name)
+        finally:
+            for _, memory, filling in coming:
+                filling.cancel()
+                self._filler.forget(memory)
+        for unit in units:
+            self._settle(unit, parameters(unit, tensors[unit.name]))
+
+    def _cut(self, unit: Unit, memory: torch.Tensor) -> list[torch.Tensor]:
+        """Each parameter; what was needed to put them there is given back."""
+        layout = self._filler.layout(unit.name)
+        end = -(-layout.end // PAGE_BYTES) * PAGE_BYTES
+        if end < memory.numel():
+            give_back(memory[end:].numpy())
+        return layout.views(memory)
+
+    @staticmethod
+    def _settle(unit: Unit, found: list[nn.Parameter]) -> None:
+        for parameter, attributes in zip(found, unit.attributes, strict=False):
+            vars(parameter).update(attributes)
+        unit.put(found)
+        unit.homes = tuple(Home.of(parameter) for parameter in found)
+        unit.is_kept = True
+        for table in unit.tables.values():
+            table.drop()

@@ -1,0 +1,220 @@
+"""What of a model is in memory: parked, woken, kept within a limit, and given back while memory is short.
+
+Whoever uses this has the model's turn, and no forward is under way but for what a forward itself asks for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from loadstone.errors import StreamedModel
+from loadstone.execute import spread
+from loadstone.execute.expert_room import ExpertRoom
+from loadstone.execute.kept import Kept, Unit
+from loadstone.execute.pressure import Pressed, Shortage, Watch, asked_for_bytes
+from loadstone.execute.slots import Ring
+from loadstone.stream.filler import Filler
+from loadstone.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """What was loaded to stay, and can go all the same.
+
+    Attributes:
+        units: of it.
+        fixed_bytes: of the parameters that are in no unit.
+        changed: the names of those that are not as they were loaded.
+    """
+
+    units: tuple[Unit, ...] = ()
+    fixed_bytes: int = 0
+    changed: tuple[str, ...] = ()
+
+
+class States:
+    """Which units are kept and which are streamed.
+
+    Args:
+        units: of the model, by name; more are added when those that were loaded to stay are found.
+        ring: of those that are streamed.
+        filler: fills memory with them.
+        num_slots: how many are in memory at a time; more where units lie within one another.
+        pressed: is asked to give memory back.
+
+    Attributes:
+        units: see above.
+        parked: the units to bring back, where the model is parked.
+        shortage: what went for want of memory.
+        watch: looks at free memory.
+        room: of experts that come one by one, which are never there to stay.
+    """
+
+    def __init__(self, units: dict[str, Unit], ring: Ring, filler: Filler, num_slots: int, pressed: Pressed) -> None:
+        self.units = units
+        self.parked: frozenset[str] | None = None
+        self.shortage = Shortage()
+        self.watch = Watch(pressed)
+        self.room: ExpertRoom | None = None
+        self._ring = ring
+        self._filler = filler
+        self._kept = Kept(units, filler)
+        self._num_slots = num_slots
+        self._adopted = Adopted()
+        self._limit_bytes: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the model is there to stay."""
+        return self.parked is None and self.room is None and all(unit.is_kept for unit in self.units.values())
+
+    def adopt(self, adopted: Adopted) -> None:
+        """Know what was loaded to stay."""
+        self._adopted = adopted
+        self.units |= {unit.name: unit for unit in adopted.units}
+
+    def park(self, *, keep_changed: bool) -> int:
+        """Let every unit go, and the slots, the room of experts, the threads and the files with them.
+
+        Args:
+            keep_changed: leave parameters that are not as they were loaded in memory, instead of refusing.
+
+        Returns:
+            The bytes of the parameters that went.
+
+        Raises:
+            StreamedModel: a parameter was changed, or no file can give anything back.
+        """
+        if self.parked is not None:
+            return 0
+        changed = self._changed()
+        if changed and not keep_changed:
+            raise StreamedModel(
+                f"{changed[0]}: expected it as it was loaded, found it changed (in place, replaced, cast, moved, or "
+                "with a gradient), which its file cannot give back; save it first, or leave such parameters in memory "
+                "with park(keep_changed=True)."
+            )
+        pieces = self._kept.pieces()
+        if not pieces and self.room is None:
+            raise StreamedModel(
+                "park: expected weights that their files can give back, found none; what torch converts, and what is "
+                "loaded under torch.inference_mode(), stay in memory. Drop the model and load it again instead."
+            )
+        kept = frozenset(piece.name for piece in pieces if piece.is_kept)
+        nbytes = self._kept.demote(kept)
+        self.parked = kept
+        self.stream()
+        return nbytes
+
+    def wake(self) -> None:
+        """Bring back what was there when the model was parked.
+
+        Raises:
+            LoadstoneError: its files cannot be read, or are not those whose headers were read.
+        """
+        if self.parked is not None:
+            self._kept.promote(self.parked)
+            self.parked = None
+            self.stream()
+
+    def limit(self, limit_bytes: int | None) -> None:
+        """Let units go, or bring them back, so that the weights take at most so much.
+
+        Args:
+            limit_bytes: what is kept, the slots and the room of experts together; None for no limit.
+
+        Raises:
+            ValueError: not even the slots fit.
+            LoadstoneError: files cannot be read, or are not those whose headers were read.
+        """
+        pieces = [self._as_woken(piece) for piece in self._kept.pieces()]
+        known = {piece.name for piece in pieces}
+        fixed = sum(unit.nbytes for unit in self.units.values() if unit.name not in known)
+        fixed += self._adopted.fixed_bytes + (self.room.counts.room_bytes if self.room is not None else 0)
+        least = fixed + spread.least_bytes(pieces, self._num_slots)
+        if limit_bytes is not None and limit_bytes < least:
+            raise ValueError(
+                f"limit: expected at least {format_bytes(least)} for the slots and for what cannot be read again, "
+                f"found {format_bytes(limit_bytes)}."
+            )
+        room = sys.maxsize if limit_bytes is None else limit_bytes - fixed
+        gone = spread.lowered(pieces, room, self._num_slots)
+        back = spread.raised(pieces, room, self._num_slots, known) if not gone else []
+        self._limit_bytes = None if limit_bytes is None else room
+        self.shortage.units.clear()
+        if self.parked is not None:
+            self.parked = (self.parked - frozenset(gone)) | frozenset(back)
+        else:
+            self._exchange(gone, back)
+
+    def settle(self, entered: Collection[str]) -> None:
+        """Give back, or take again, what was asked for when memory was looked at.
+
+        Args:
+            entered: the units whose forward is under way; they stay as they are.
+        """
+        asked, self.shortage.asked_bytes = self.shortage.asked_bytes, 0
+        pieces = [piece for piece in self._kept.pieces() if piece.name not in entered]
+        room = spread.total_bytes(pieces, self._num_slots) - asked
+        if asked > 0:
+            gone = spread.lowered(pieces, room, self._num_slots)
+            self._exchange(gone, [])
+            self.shortage.note(gone, sum(self.units[name].nbytes for name in gone))
+        else:
+            room = room if self._limit_bytes is None else min(room, self._limit_bytes)
+            back = spread.raised(pieces, room, self._num_slots, self.shortage.units)
+            self._exchange([], back)
+            self.shortage.units -= set(back)
+
+    def relieve(self, error: BaseException) -> None:
+        """Give memory back after a forward that had too little of it, and say so in the error."""
+        before = self.shortage.given_back_bytes
+        self.shortage.asked_bytes = max(2 * asked_for_bytes(error), self.watch.margin_bytes or 0, 1)
+        self.settle(())
+        given = self.shortage.given_back_bytes - before
+        error.add_note(
+            f"Loadstone gave back {format_bytes(given)} of weights, which are read from their files from now on; call "
+            "the model again, from the beginning of its text where it keeps a cache."
+            if given
+            else "Nothing is left that Loadstone could give back; use a shorter context or a smaller batch."
+        )
+
+    def stream(self) -> None:
+        """Have slots for what is not kept, and watch memory meanwhile; nothing at all for a model that is parked."""
+        away = [unit for unit in self.units.values() if not unit.is_kept and unit.entries and self.parked is None]
+        away.sort(key=lambda unit: unit.order)
+        self._ring.stream([unit.name for unit in away], max(self._num_slots, _deepest(away)))
+        if self.parked is None and not self.is_whole:
+            if self._filler.can_rest:
+                self.watch.start()
+            return
+        self.watch.stop()
+        for unit in self.units.values():
+            for table in unit.tables.values():
+                table.drop()
+        if self.room is not None:
+            self.room.rest()
+        self._filler.close()
+
+    def _as_woken(self, piece: spread.Piece) -> spread.Piece:
+        return piece if self.parked is None else replace(piece, is_kept=piece.name in self.parked)
+
+    def _exchange(self, gone: Sequence[str], back: Sequence[str]) -> None:
+        if gone:
+            self._kept.demote(gone)
+            self.stream()
+        if back:
+            self._kept.promote(back)
+            self.stream()
+
+    def _changed(self) -> list[str]:
+        found = (unit.changed() for unit in self.units.values() if unit.is_kept)
+        return [*self._adopted.changed, *(name for name in found if name)]
+
+
+def _deepest(units: Sequence[Unit]) -> int:
+    """How many units can be needed at once, because their modules lie within one another."""
+    entries = [entry for unit in units for entry in unit.entries]
+    return max((sum(f"{inner}.".startswith(f"{outer}.") for outer in entries) for inner in entries), default=0)
