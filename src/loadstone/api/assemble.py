@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,9 +13,11 @@ from math import prod
 import torch
 from torch import nn
 
+from loadstone.api.computed import Known, with_computed
 from loadstone.api.load import Begun
 from loadstone.architecture.blueprint import Blueprint, Surroundings
 from loadstone.architecture.keymap import Assignment, KeyMap, Target
+from loadstone.architecture.keymap_text import keymap_line, keymap_samples
 from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
 from loadstone.architecture.plain import PlainModule
 from loadstone.architecture.skeleton import Slot, slots_of
@@ -100,8 +103,9 @@ def assemble(begun: Begun) -> Assembled:
     materializer = Materializer(checkpoint, begun.ahead, torch_device(device.value))
     with recorder.stage("key map") as told:
         mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
-        told.text = _keymap_line(mapped.keymap, checkpoint)
-        told.lines = _keymap_samples(mapped.keymap)
+        told.text = keymap_line(mapped.keymap, len(checkpoint.tensors))
+        told.lines = keymap_samples(mapped.keymap, _SAMPLES)
+        begun, mapped, checkpoint = _computed(begun, mapped, checkpoint, materializer)
         notes = (*checkpoint.notes, *mapped.notes)
         streamed = _streamed(begun, mapped, checkpoint)
         resident = _without(mapped.keymap, streamed)
@@ -110,6 +114,7 @@ def assemble(begun: Begun) -> Assembled:
         if not mapped.keymap.conversions:  # what conversions make is known only when they have run
             notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
     with recorder.stage("tensors") as told:
+        materializer = Materializer(checkpoint, begun.ahead, torch_device(device.value))
         made = materializer.run(resident, mapped.targets)
         blueprint.place(module, {**made.tensors, **streamed.stand_ins})
         streamed.note_placed(module)
@@ -135,6 +140,21 @@ def _origin(mapped: _Mapped, checkpoint: Checkpoint, module: nn.Module, loaded: 
     wanted = {one.target: Filled(assignment=one, target=targets[one.target]) for one in mapped.keymap.assignments}
     homes = homes_of(module, {fqn: tensor for fqn, tensor in loaded.items() if fqn in wanted})
     return Origin(checkpoint=checkpoint, wanted=wanted, homes=homes)
+
+
+def _computed(
+    begun: Begun, mapped: _Mapped, checkpoint: Checkpoint, materializer: Materializer
+) -> tuple[Begun, _Mapped, Checkpoint]:
+    """The same, with what torch has to compute of streamed parts in a file of its own."""
+    if begun.streaming is None or not mapped.keymap.conversions:
+        return begun, mapped, checkpoint
+    known = Known(checkpoint=checkpoint, keymap=mapped.keymap, targets=mapped.targets, streaming=begun.streaming)
+    belongs_to = (type(mapped.module).__qualname__, checkpoint.config)
+    known = with_computed(known, mapped.slots, belongs_to, materializer.source)
+    if known.in_use is not None:
+        weakref.finalize(mapped.module, known.in_use.close)
+    mapped = replace(mapped, keymap=known.keymap, targets=known.targets, notes=(*mapped.notes, *known.notes))
+    return replace(begun, streaming=known.streaming), mapped, known.checkpoint
 
 
 def _streamed(begun: Begun, mapped: _Mapped, checkpoint: Checkpoint) -> Streamed:
@@ -280,35 +300,6 @@ def _kept_dtypes(dtypes: Mapping[str, str | None], main: str, slots: Mapping[str
         + (", ..." if count > 1 else "")
         for dtype, count in Counter(dtype for dtype, _ in kept).items()
     ]
-
-
-def _keymap_line(keymap: KeyMap, checkpoint: Checkpoint) -> str:
-    renamed = sum(
-        len(assignment.parts) == 1 and assignment.parts[0].source != assignment.target
-        for assignment in keymap.assignments
-    )
-    fused = sum(len(assignment.parts) > 1 for assignment in keymap.assignments)
-    extras = [
-        f"{count} {what}"
-        for count, what in ((renamed, "renamed"), (fused, "fused"), (len(keymap.conversions), "converted"))
-        if count
-    ]
-    return f"{len(checkpoint.tensors):,} tensors -> {len(keymap.assignments) + len(keymap.conversions):,} places" + (
-        f" ({', '.join(extras)})" if extras else ""
-    )
-
-
-def _keymap_samples(keymap: KeyMap) -> tuple[str, ...]:
-    """One line for each kind of mapping that occurs, the unusual kinds first."""
-    lines: list[str] = []
-    for assignment in sorted(keymap.assignments, key=lambda assignment: -len(assignment.parts)):
-        first = assignment.parts[0].source
-        count = f" and {len(assignment.parts) - 1} more" if len(assignment.parts) > 1 else ""
-        if first != assignment.target or len(lines) < 2:
-            lines.append(f"{first}{count} -> {assignment.target}")
-        if len(lines) == _SAMPLES:
-            break
-    return (*lines, *(f"{conversion.sources} computed -> {conversion.name}" for conversion in keymap.conversions[:2]))
 
 
 def _tensor_line(made: Materialized, fqn: str) -> str:

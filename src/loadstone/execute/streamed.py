@@ -79,14 +79,14 @@ def choose_streamed(
     if streaming.device == HOST:
         experts = choose_experts(keymap, targets, checkpoint.tensors, streaming)
     chosen = Streamed(device=torch_device(streaming.device), experts=experts)
-    computed = {unit for conversion in keymap.conversions if (unit := _unit_of(conversion.name, streaming))}
+    computed = {unit for conversion in keymap.conversions if (unit := unit_of_name(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]
     parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
     kept = {unit: reason for unit in streaming.units if (reason := _reason_to_keep(module, unit))}
     chosen.notes += [f"{unit} is kept in memory: {reason}" for unit, reason in kept.items()]
     for assignment in keymap.assignments:
         fqn = assignment.target
-        unit = _unit_of(fqn, streaming)
+        unit = unit_of_name(fqn, streaming)
         if fqn in chosen.experts.tables:
             chosen.add(fqn.rpartition(".")[0], chosen.experts.tables[fqn].wanted)
             continue
@@ -132,7 +132,7 @@ def _module_of(fqn: str, unit: str) -> str:
     return next((path for path in paths if path == unit or path.endswith(f".{unit}")), paths[-1] if paths else "")
 
 
-def _unit_of(fqn: str, streaming: Streaming) -> str | None:
+def unit_of_name(fqn: str, streaming: Streaming) -> str | None:
     """The innermost unit that a name belongs to."""
     return max((unit for unit in streaming.units if fqn.startswith(f"{unit}.")), key=len, default=None)
 
