@@ -259,6 +259,25 @@ def test_what_was_loaded_and_not_changed_is_read_from_its_own_files(llama_folder
     assert (caches / "loadstone" / "offload").exists()
 
 
+def test_states_can_be_asked_for_at_the_load(llama_folder: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = States(ready=("disk", None), staged=("disk", FP8), computing=("cpu", None))
+    expected = loadstone.offload(loadstone.load(llama_folder), states=states)
+    monkeypatch.setattr("loadstone.stream.unchanged.are_in_files", lambda *_: pytest.fail("compared"))
+    model = loadstone.load(llama_folder, states=states)
+    assert all(one.lender is not None for one in model.model.layers.parameters())
+    assert stats(model).pass_bytes == stats(expected).pass_bytes
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    assert not (caches / "loadstone" / "offload").exists()
+    stages = [phase.stage for phase in loadstone.of(model).report.phases]
+    assert stages[0] == "headers"
+    assert stages[-1] == "offload"
+    with pytest.raises(ValueError, match="states= says where everything is"):
+        loadstone.load(llama_folder, states=states, device="cpu")
+    with pytest.raises(ValueError, match="states= says where everything is"):
+        loadstone.load(llama_folder, states=states, max_memory="1GB")
+
+
 def test_a_file_of_our_own_has_no_name_and_goes_with_the_model(caches: Path) -> None:
     gc.collect()  # what others left open
     descriptors = len(list(Path("/proc/self/fd").iterdir()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.dtypes import DTYPES
 from loadstone.errors import InvalidConfig
 from loadstone.events import Observer, Recorder, ignore
-from loadstone.execute.values import Streaming
+from loadstone.execute.values import States, Streaming
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
 from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, choose_dtype
@@ -113,6 +113,7 @@ def load(
     batch: int | None = None,
     prompt_tokens: int | None = None,
     offload: bool = True,
+    states: States | None = None,
     local_files_only: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -151,6 +152,8 @@ def load(
         batch: sequences at a time, to plan memory for.
         prompt_tokens: of one sequence, computed in one pass, to plan memory for.
         offload: whether what does not fit may be read in each pass; otherwise that is an error.
+        states: where blocks are and in which dtypes while the model is in use, instead of a plan; the same as
+            `loadstone.offload(model, states=...)` for a model whose files are mapped.
         local_files_only: never ask the network.
         revision: the branch, tag or commit of a hub id.
         token: a hub token for gated models; by default the one `hf auth login` has stored.
@@ -211,7 +214,20 @@ def load(
             offload=offload,
         ),
     )
+    if states is not None:
+        return _in_states(request, states, progress or ignore)
     return carry_out(request, progress or ignore)
+
+
+def _in_states(request: Request, states: States, observer: Observer) -> nn.Module:
+    """Load without a plan, to the host, where files are mapped and nothing is read that is not used; then arrange."""
+    if request.device is not None or request.wishes.any:
+        raise ValueError(
+            "states= says where everything is; leave device=, plan=, max_memory=, device_map= and the like out."
+        )
+    from loadstone.api.offload import arranged_as_loaded
+
+    return arranged_as_loaded(carry_out(replace(request, device="cpu", streaming=Streaming()), observer), states)
 
 
 def carry_out(request: Request, observer: Observer = ignore) -> nn.Module:

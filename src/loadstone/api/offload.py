@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loadstone.api.offload_choice import Chosen, chosen
+from loadstone.api.offload_choice import Asked, Chosen, chosen
 from loadstone.api.registry import Loaded, find, remember
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.errors import StreamedModel
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loadstone.architecture.keymap import Target
+    from loadstone.execute.adopt import Origin
     from loadstone.execute.offload import Offloaded
-    from loadstone.stream.refill import Wanted
     from loadstone.stream.sources import Source, Way
 
 
@@ -73,21 +73,30 @@ def offload(
             f"{type(model).__name__}: expected a model that is wholly in memory, found one that is streamed already; "
             "call loadstone.of(model).restore() first, or load it again."
         )
+    asked = Asked(
+        device=None if device is None else str(device),
+        max_memory=max_memory,
+        home=home,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        states=states,
+    )
+    return _offloaded(model, asked, known, fresh=False)
+
+
+def arranged_as_loaded(model: nn.Module, states: States) -> nn.Module:
+    """The same for a model that was loaded this moment: nobody can have changed what its files hold."""
+    return _offloaded(model, Asked(states=states), find(model), fresh=True)
+
+
+def _offloaded(model: nn.Module, asked: Asked, known: Loaded | None, *, fresh: bool) -> nn.Module:
     recorder = Recorder()
     before, start = resident(), time.perf_counter()
     with PeakWatch() as watch:
         with recorder.stage("placement") as told:
-            choice = chosen(
-                model,
-                device=None if device is None else str(device),
-                max_memory=max_memory,
-                home=home,
-                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-                states=states,
-            )
+            choice = chosen(model, asked)
             told.text = choice.text
         with recorder.stage("offload") as told:
-            done = _arranged(model, choice, known)
+            done = _arranged(model, choice, known, fresh=fresh)
             told.text = _line(done)
     report = _report(model, choice, recorder, known)
     report = replace(report, seconds=time.perf_counter() - start, before=before, peak=watch.peak)
@@ -107,7 +116,7 @@ class _Undo:
         return self.known
 
 
-def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offloaded:
+def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None, *, fresh: bool) -> Offloaded:
     from loadstone.execute.offload import Arrangement, arranged
     from loadstone.stream.destination import Destination
     from loadstone.stream.sources import MemorySource, Way
@@ -126,7 +135,8 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offload
     def source(parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> Source:
         way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
         if choice.on_disk:
-            return _on_disk(parameters, targets, way, known, closing)
+            found = _files_of(parameters, known, fresh=fresh)
+            return _spilled(parameters, targets, way, closing) if found is None else _from(found, targets, way)
 
         def moved(fqn: str, tensor: torch.Tensor) -> None:
             parameters[fqn].data = tensor
@@ -143,24 +153,39 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None) -> Offload
     return done
 
 
-def _on_disk(
-    parameters: Mapping[str, nn.Parameter],
-    targets: Mapping[str, Target],
-    way: Way,
-    known: Loaded | None,
-    closing: list[Callable[[], None]],
-) -> Source:
-    """The files that the parameters were loaded from, if they are still the same; otherwise a file of their own."""
-    from loadstone.stream.sources import FileSource
-    from loadstone.stream.spill import Spill, wanted_from
+def _files_of(parameters: Mapping[str, nn.Parameter], known: Loaded | None, *, fresh: bool) -> Origin | None:
+    """The files that parameters were loaded from, if they are still the same; `fresh` ones need not be compared."""
+    from loadstone.stream.refill import can_refill
     from loadstone.stream.unchanged import are_in_files
 
     origin = known.origin if known is not None else None
-    if origin is not None and set(parameters) <= set(origin.wanted):
-        found: dict[str, Wanted] = {fqn: origin.wanted[fqn] for fqn in parameters}
-        if are_in_files(parameters, found, origin.checkpoint):
-            wanted = {fqn: replace(one, target=targets[fqn]) for fqn, one in found.items()}
-            return FileSource(wanted, origin.checkpoint, way)
+    if origin is None or not set(parameters) <= set(origin.wanted):
+        return None
+    found = {fqn: origin.wanted[fqn] for fqn in parameters}
+    if fresh:
+        is_same = all(can_refill(one, origin.checkpoint.tensors) for one in found.values())
+    else:
+        is_same = are_in_files(parameters, found, origin.checkpoint)
+    return replace(origin, wanted=found) if is_same else None
+
+
+def _from(origin: Origin, targets: Mapping[str, Target], way: Way) -> Source:
+    from loadstone.stream.sources import FileSource
+
+    wanted = {fqn: replace(one, target=targets[fqn]) for fqn, one in origin.wanted.items()}
+    return FileSource(wanted, origin.checkpoint, way)
+
+
+def _spilled(
+    parameters: Mapping[str, nn.Parameter],
+    targets: Mapping[str, Target],
+    way: Way,
+    closing: list[Callable[[], None]],
+) -> Source:
+    """A file of their own."""
+    from loadstone.stream.sources import FileSource
+    from loadstone.stream.spill import Spill, wanted_from
+
     spill = Spill(cache_folder() / "offload")
     closing.append(spill.close)
     for fqn, parameter in parameters.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loadstone.dtypes import DTYPES
@@ -72,17 +72,20 @@ class _Sizes:
     other_bytes: int
 
 
-def chosen(
-    model: nn.Module,
-    *,
-    device: str | None,
-    max_memory: str | int | None,
-    home: str,
-    dtype: str | None,
-    states: States | None,
-) -> Chosen:
-    """Work out what `offload` does; see there for arguments and errors."""
-    machine = probe()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What `offload` is asked for; see there."""
+
+    device: str | None = None
+    max_memory: str | int | None = None
+    home: str = HOST
+    dtype: str | None = None
+    states: States | None = None
+
+
+def chosen(model: nn.Module, asked: Asked) -> Chosen:
+    """Work out what `offload` does; see there for errors."""
+    machine, home, dtype, states = probe(), asked.home, asked.dtype, asked.states
     if home not in (HOST, DISK):
         raise ValueError(f'home="{home}": expected "cpu" or "disk".')
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -90,12 +93,12 @@ def chosen(
             f"{type(model).__name__}: expected a module that is loaded, found parameters on meta; load it first."
         )
     if states is None:
-        place_id = device_id(device, machine) if device is not None else machine.devices[0].id
+        place_id = device_id(asked.device, machine) if asked.device is not None else machine.devices[0].id
         states = States(ready=(home, dtype), staged=(place_id, dtype), computing=(place_id, None))
-    elif (device, max_memory, home, dtype) != (None, None, HOST, None):
+    elif replace(asked, states=None) != Asked():
         raise ValueError("states= says everything; leave device=, max_memory=, home= and dtype= out.")
     _check(states, machine)
-    return _chosen(model, states, machine, max_memory)
+    return _chosen(model, states, machine, asked.max_memory)
 
 
 def _check(states: States, machine: Machine) -> None:
