@@ -137,7 +137,7 @@ def test_a_plan_is_never_slower_than_streaming_everything_or_a_contiguous_part(s
     assert compared > 10
 
 
-@pytest.mark.parametrize(("seed", "gpus"), [(30, 0), (31, 1), (32, 2)])
+@pytest.mark.parametrize(("seed", "gpus"), [(30, 0), (31, 1), (32, 2), (332, 2), (33, 3)])
 def test_more_memory_is_never_slower(seed: int, gpus: int) -> None:
     random = Random(seed)
     for _ in range(60 if gpus == 0 else 20):

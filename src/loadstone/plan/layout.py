@@ -201,17 +201,26 @@ def _on_accelerators(
 
 
 def _streamed_to(problem: Problem, steps: Sequence[_Step], devices: Sequence[Device]) -> Layout | Missing:
-    """The accelerators with what they cannot keep brought to them; without the smallest where it cannot hold a ring."""
+    """The accelerators with what they cannot keep brought to them; without the smallest where that is faster.
+
+    One more device takes more of the host for its buffers, and may hold hardly more than a ring itself.
+    """
     left = list(devices)
     missing: list[int] = []
+    best: Layout | None = None
     while left:
         cuts = _in_proportion(steps, [problem.device_room(device.id) for device in left])
         layout = _on_accelerators(problem, _cut(steps, left, cuts), whole=False)
-        if isinstance(layout, Layout):
-            return _better_cuts(problem, steps, left, cuts, layout)
-        missing.append(layout.nbytes)
+        if isinstance(layout, Missing):
+            missing.append(layout.nbytes)
+        else:
+            layout = _better_cuts(problem, steps, left, cuts, layout)
+            if best is None or _run_s(problem, layout) < _run_s(problem, best):
+                best = layout
+            if len(devices) * len(problem.inventory.units) > _MOST_TRIED_UNITS:
+                break
         left.remove(min(left, key=lambda device: problem.device_room(device.id)))
-    return Missing(nbytes=min(missing))
+    return Missing(nbytes=min(missing)) if best is None else best
 
 
 def _better_cuts(
