@@ -1,6 +1,5 @@
 import os
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,7 @@ def test_cold_files_are_read_ahead_in_the_background(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         import_files.os, "posix_fadvise", lambda descriptor, *_: advised.append(os.fstat(descriptor).st_ino)
     )
-    import_files.read_ahead(tmp_path)
-    for thread in threading.enumerate():
-        if thread.name.startswith("loadstone-imports"):
-            thread.join()
+    import_files.read_ahead(tmp_path).wait()
     assert sorted(advised) == sorted(each.stat().st_ino for each in modules)
 
 
@@ -63,7 +59,7 @@ def test_lists_of_environments_that_are_no_more_go(tmp_path: Path) -> None:
 
 def test_a_list_that_was_never_learnt_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
-    import_files.read_ahead(tmp_path)
+    import_files.read_ahead(tmp_path).wait()
 
 
 def test_a_file_that_is_gone_is_not_cold(tmp_path: Path) -> None:

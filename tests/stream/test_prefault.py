@@ -100,3 +100,20 @@ def test_touching_says_whether_every_page_is_there(path: Path) -> None:
         os.truncate(path, TOUCH_BYTES)
         assert toucher.touch(mapped[:TOUCH_BYTES])
         assert not toucher.touch(mapped[5000 : TOUCH_BYTES + 5000])
+
+
+def test_beside_the_imports_what_they_need_is_asked_for_first(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    asked, done = threading.Event(), threading.Event()
+    prefault = Prefault(
+        [(path, map_file(path))],
+        beside_imports=True,
+        after=lambda: asked.wait(30),
+        observer=lambda _: done.set(),
+    )
+    assert not done.wait(0.2)
+    assert prefault.done_bytes == 0
+    asked.set()
+    prefault.wait()
+    assert prefault.done_bytes == 1 << 20

@@ -277,14 +277,14 @@ def _check(request: Request) -> None:
 def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     """Read the headers and set the bytes in motion; what is still under way at the end is stopped."""
     recorder = Recorder(observer=observer)
-    import_files.read_ahead(cache_folder())
+    asked = import_files.read_ahead(cache_folder())
     start, before = time.perf_counter(), resident()
     checkpoint = read_headers(request.source, request.access, recorder, request.excerpt)
     checkpoint = in_torch_pairs(checkpoint) if request.into is not None else _with_class(described(checkpoint))
     wanted = request.wishes.plan.dtype if request.wishes.plan is not None else request.dtype
     dtype = choose_dtype(checkpoint, wanted)
     plan, streaming = _planned(checkpoint, request, dtype, recorder)
-    ahead = Ahead(observer)
+    ahead = Ahead(observer, after=asked.wait)
     begun = Begun(
         request=request,
         checkpoint=checkpoint,

@@ -23,7 +23,7 @@ from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for, through
 from loadstone.stream.dequantize import dequantize
 from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
-from loadstone.stream.prefault import Prefault
+from loadstone.stream.prefault import Prefault, Wait, at_once
 from loadstone.stream.read import Batch, Reader
 from loadstone.stream.spans import Fill
 
@@ -165,6 +165,10 @@ class Decoded:
 class Ahead:
     """What can begin as soon as the headers are known: mapped bytes come in, casts and decoding run.
 
+    Args:
+        observer: is told of bytes.
+        after: is waited for before mapped bytes come in beside the imports.
+
     Attributes:
         maps: the files.
         arena: where decoded tensors go.
@@ -173,8 +177,9 @@ class Ahead:
         reader: what reads them, and whatever else the load wants read.
     """
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, after: Wait = at_once) -> None:
         self.maps = FileMaps()
+        self._after = after
         self.arena = Arena()
         self.decoded: dict[str, Decoded] = {}
         self.observer = observer
@@ -227,7 +232,9 @@ class Ahead:
             if path not in self._unmapped | decoded_files
         ]
         if ranges:
-            self._prefault = Prefault(ranges, beside_imports="torch" not in sys.modules, observer=self.observer)
+            self._prefault = Prefault(
+                ranges, beside_imports="torch" not in sys.modules, after=self._after, observer=self.observer
+            )
 
     def is_mappable(self, info: TensorInfo, dtype: str) -> bool:
         """Whether a tensor is used where it lies in its file."""

@@ -28,24 +28,53 @@ _PACKAGES = ("torch", "transformers")
 # (3.1 GB, cold, 2 cores: 11.5 s to the first forward with one, 9.7 s with eight).
 _NUM_THREADS = 8
 _MAX_LISTS = 8
+_PATIENCE_S = 5.0
 
 
-def read_ahead(cache: Path) -> None:
+class Asked:
+    """Files that are asked for: whoever would take the disk from them can wait until all of them are."""
+
+    def __init__(self, num_threads: int = 0) -> None:
+        self._left = num_threads
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        if not num_threads:
+            self._over.set()
+
+    def one_is_done(self) -> None:
+        """One of the threads that ask has come to its end."""
+        with self._lock:
+            self._left -= 1
+            if self._left <= 0:
+                self._over.set()
+
+    def wait(self) -> None:
+        """Return when all of them have, or a disk has taken too long over it."""
+        self._over.wait(_PATIENCE_S)
+
+
+def read_ahead(cache: Path) -> Asked:
     """Start reading ahead in the background, if a list is known, torch is not imported, and the files are not cached.
 
     Args:
         cache: the folder that keeps the list.
+
+    Returns:
+        What tells when that is done; at once where there is nothing to read.
     """
     if "torch" in sys.modules or not hasattr(os, "posix_fadvise"):
-        return
+        return Asked()
     try:
         paths = _list_file(cache).read_text().splitlines()
     except OSError:
-        return
-    if any(map(_is_cold, paths[:: max(1, len(paths) // _NUM_PROBES)])):
-        remaining = iter(paths)
-        for number in range(_NUM_THREADS):
-            threading.Thread(target=_advise, args=(remaining,), name=f"loadstone-imports-{number}", daemon=True).start()
+        return Asked()
+    if not any(map(_is_cold, paths[:: max(1, len(paths) // _NUM_PROBES)])):
+        return Asked()
+    remaining, asked = iter(paths), Asked(_NUM_THREADS)
+    for number in range(_NUM_THREADS):
+        name = f"loadstone-imports-{number}"
+        threading.Thread(target=_ask, args=(remaining, asked), name=name, daemon=True).start()
+    return asked
 
 
 def learn(cache: Path) -> None:
@@ -95,6 +124,13 @@ def _is_cold(path: str) -> bool:
         return not is_cached(map_file(Path(path)))
     except LoadstoneError:
         return False
+
+
+def _ask(paths: Iterator[str], asked: Asked) -> None:
+    try:
+        _advise(paths)
+    finally:
+        asked.one_is_done()
 
 
 def _advise(paths: Iterator[str]) -> None:

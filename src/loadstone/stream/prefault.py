@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loadstone.errors import TruncatedFile
@@ -31,12 +31,20 @@ _TELL_BYTES = 64 << 20
 _NUM_STEP_PROBES = 2
 
 
+Wait = Callable[[], None]
+
+
+def at_once() -> None:
+    """Nothing is waited for."""
+
+
 class Prefault:
     """Background population of mapped bytes; harmless to abandon.
 
     Args:
         ranges: stretches of mapped files, in the order they are wanted.
         beside_imports: torch is being imported meanwhile.
+        after: waited for first, where it is.
         observer: is told about bytes.
 
     Attributes:
@@ -44,13 +52,16 @@ class Prefault:
         seconds: how long that took, what ran meanwhile included.
     """
 
-    def __init__(self, ranges: Sequence[tuple[Path, Bytes]], *, beside_imports: bool, observer: Observer) -> None:
+    def __init__(
+        self, ranges: Sequence[tuple[Path, Bytes]], *, beside_imports: bool, after: Wait = at_once, observer: Observer
+    ) -> None:
         self.done_bytes = 0
         self.seconds = 0.0
         self._ranges = list(ranges if beside_imports else _not_cached(ranges))
         self._total_bytes = sum(mapped.size for _, mapped in self._ranges)
         self._start = time.perf_counter()
         self._observer = observer
+        self._after = after if beside_imports else at_once
         self._steps = _steps(self._ranges)
         self._cut_short: Path | None = None
         self._lock = threading.Lock()
@@ -82,6 +93,7 @@ class Prefault:
             )
 
     def _work(self) -> None:
+        self._after()
         with Toucher() as toucher:
             while (step := self._next()) is not None:
                 path, stretch = step
