@@ -205,14 +205,17 @@ def test_a_second_process_is_told_to_wait(checkpoint: Path, tmp_path: Path) -> N
 def held_up(checkpoint: Path, made: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that converts to float32 in files of 1 MB, and waits after the first bytes until this is left."""
     code = f"""
-import loadstone, sys
+import loadstone, sys, threading
 from loadstone.events import BytesMoved
 
+one_by_one, said = threading.Lock(), []  # several files are written at once, each by a thread that tells
+
 def wait(event):
-    if isinstance(event, BytesMoved) and sys.stdin is not None:
-        print("waiting", flush=True)
-        sys.stdin.readline()
-        sys.stdin = None
+    with one_by_one:
+        if isinstance(event, BytesMoved) and not said:
+            said.append("waiting")
+            print(*said, flush=True)
+            sys.stdin.readline()
 
 loadstone.convert({str(checkpoint)!r}, {str(made)!r}, max_shard_size="1MB", dtype="float32", progress=wait)
 """
