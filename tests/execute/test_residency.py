@@ -343,17 +343,22 @@ def test_after_an_error_in_a_block_the_model_still_works(folder: Path) -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_after_an_interrupt_the_model_still_works(folder: Path) -> None:
-    model = streamed(folder, LAYERS)
-    expected = logits(model)
+def interrupted(model: Any, layer: int) -> None:
+    """A forward that ends in Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    handle = model.model.layers[3].mlp.register_forward_pre_hook(interrupt)
+    handle = model.model.layers[layer].mlp.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         logits(model)
     handle.remove()
+
+
+def test_after_an_interrupt_the_model_still_works(folder: Path) -> None:
+    model = streamed(folder, LAYERS)
+    expected = logits(model)
+    interrupted(model, 3)
     assert torch.equal(logits(model), expected)
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: found.append(logits(model)))

@@ -23,7 +23,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "architecture"))
 
 from test_gguf_families import CASES, build, gguf_tensors, metadata
-from test_residency import LAYERS, Odd, Stack, equal, folder, logits, quantised, quiet, stats, streamed, units_of
+from test_residency import (
+    LAYERS,
+    Odd,
+    Stack,
+    equal,
+    folder,
+    interrupted,
+    logits,
+    quantised,
+    quiet,
+    stats,
+    streamed,
+    units_of,
+)
 
 import builders
 import loadstone
@@ -284,14 +297,7 @@ def test_a_closed_model_can_neither_be_parked_nor_woken(folder: Path) -> None:
 def test_after_an_interrupt_the_model_can_be_parked(folder: Path) -> None:
     model = streamed(folder, LAYERS[:3])
     expected = logits(model)
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        logits(model)
-    handle.remove()
+    interrupted(model, 1)
     loadstone.of(model).park()
     assert torch.equal(logits(model), expected)
 

@@ -114,7 +114,6 @@ def assemble(begun: Begun) -> Assembled:
         if not mapped.keymap.conversions:  # what conversions make is known only when they have run
             notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
     with recorder.stage("tensors") as told:
-        materializer = Materializer(checkpoint, begun.ahead, torch_device(device.value))
         made = materializer.run(resident, mapped.targets)
         blueprint.place(module, {**made.tensors, **streamed.stand_ins})
         streamed.note_placed(module)
@@ -151,6 +150,7 @@ def _computed(
     known = Known(checkpoint=checkpoint, keymap=mapped.keymap, targets=mapped.targets, streaming=begun.streaming)
     belongs_to = (type(mapped.module).__qualname__, checkpoint.config)
     known = with_computed(known, mapped.slots, belongs_to, materializer.source)
+    materializer.know(known.checkpoint)
     if known.in_use is not None:
         weakref.finalize(mapped.module, known.in_use.close)
     mapped = replace(mapped, keymap=known.keymap, targets=known.targets, notes=(*mapped.notes, *known.notes))

@@ -231,6 +231,17 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write bytes, all of them, at an offset of a file.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
 def lfs_message(path: Path) -> str:
     """What to say about a file that is only a git-LFS pointer."""
     return f"{path}: expected the file itself, found a git-LFS pointer to it; run `git lfs pull` in its folder."

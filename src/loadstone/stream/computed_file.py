@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from loadstone.checkpoint.files import write_at
 from loadstone.checkpoint.write import NewTensor, Shard, plan_shards
 from loadstone.errors import DestinationError
 from loadstone.units import format_bytes
@@ -146,11 +147,11 @@ class ComputedFiles:
         path = self._folder / f"{key}.{os.getpid()}{_UNFINISHED}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            _write_at(fd, memoryview(shard.header), 0)
+            write_at(fd, memoryview(shard.header), 0)
             for some in values:
                 for name, value in some.items():
                     flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    _write_at(fd, flat.numpy().data, begins.pop(name))
+                    write_at(fd, flat.numpy().data, begins.pop(name))
             if begins:
                 raise RuntimeError(f"{', '.join(begins)}: told of, but not given")
             os.fsync(fd)
@@ -160,12 +161,6 @@ class ComputedFiles:
         finally:
             os.close(fd)
             path.unlink(missing_ok=True)
-
-
-def _write_at(fd: int, data: memoryview, begin: int) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(fd, data[written:], begin + written)
 
 
 def _remove_unused(path: Path) -> int:

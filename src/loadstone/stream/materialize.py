@@ -83,6 +83,10 @@ class Materializer:
         self._link = link_for(device)
         self._made = Materialized()
 
+    def know(self, checkpoint: Checkpoint) -> None:
+        """Make tensors from a checkpoint that holds more than the one before."""
+        self._tensors = checkpoint.tensors
+
     def run(self, keymap: KeyMap, targets: Mapping[str, Target]) -> Materialized:
         """Make every tensor of the key map.
 

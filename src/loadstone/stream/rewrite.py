@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from loadstone.architecture.keymap import Assignment
+from loadstone.checkpoint.files import write_at
 from loadstone.checkpoint.new_folder import NewFolder
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.checkpoint.write import Shard
@@ -133,12 +134,12 @@ class _Run:
         fd = os.open(self.folder.path / shard.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             with ThreadPoolExecutor(1, "loadstone-hash") as hasher, Gatherer() as gatherer:
-                _write(fd, memoryview(shard.header), 0)
+                write_at(fd, memoryview(shard.header), 0)
                 self._tell(len(shard.header))
                 for offset, data in self._produced(shard, gatherer):
                     hashed = hasher.submit(digest.update, data.data)
                     try:
-                        _write(fd, data.data, offset)
+                        write_at(fd, data.data, offset)
                     finally:
                         hashed.result()
                     self._tell(data.size)
@@ -174,9 +175,3 @@ class _Run:
             self.done_bytes += nbytes
             event = BytesMoved(stage=STAGE, done_bytes=self.done_bytes, total_bytes=self.total_bytes)
         self.observer(event)
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from loadstone.architecture.keymap import Assignment, Part, Target
-from loadstone.checkpoint.files import version_of
+from loadstone.checkpoint.files import version_of, write_at
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import DestinationError, DiskFull
 from loadstone.stream.refill import Wanted
@@ -54,9 +54,7 @@ class Spill:
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         begin = -(-self._end // ALIGNMENT) * ALIGNMENT
         try:
-            written = 0
-            while written < data.size:
-                written += os.pwrite(self._fd, data[written:].data, begin + written)
+            write_at(self._fd, data.data, begin)
         except OSError as error:
             fault = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
             raise fault(
