@@ -4,7 +4,7 @@ Checkpoints of real geometries (some with fewer layers, random weights): dense, 
 sliding windows, encoder, encoder-decoder. Each case is a fresh process that imports everything, plans, loads by that
 plan, and computes a prompt and a few tokens after it. Compared are the peak of anonymous memory above its level after
 imports with `Plan.devices[-1].anonymous_bytes`, and both kinds of pass with the predicted seconds (the machine is
-measured first).
+measured before each case).
 
     python benchmarks/bench_plan.py
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,12 @@ def child(arguments: argparse.Namespace) -> None:
             }
         )
     )
+
+
+def measure_machine(folder: Path) -> None:
+    """As a user would, in a process of its own, before each case: a virtual machine changes by the minute."""
+    command = [sys.executable, "-m", "loadstone", "machine", "--measure", "--model", str(folder), "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def run_once(model: Any, config: dict[str, Any], run: Any) -> dict[str, float]:
@@ -176,15 +184,13 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
-    import loadstone
-
-    loadstone.machine(model=arguments.folder if arguments.folder.exists() else None, measure=True)
     rows: dict[str, dict[str, Any]] = {}
     for geometry, dtype, prompt, batch in CASES:
         if arguments.geometries and geometry not in arguments.geometries.split(","):
             continue
         folder = make_checkpoint.write(geometry, arguments.folder / geometry)
         name = f"{geometry} {dtype} {batch}x{prompt}"
+        measure_machine(folder)
         options = ("--folder", str(folder), "--dtype", dtype, "--prompt", str(prompt), "--batch", str(batch))
         rows[name] = harness.run_child(__file__, "--child", *options)
         print(name, json.dumps(rows[name]), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loadstone.hardware import measure, measure_compute, measured
+from loadstone.hardware import measure, measure_compute, measure_layer, measured
 from loadstone.hardware.measured import MeasuredDevice
-from loadstone.hardware.spec import ComputeRate, Cpu, Device, Machine, Rates
+from loadstone.hardware.spec import ComputeRate, Cpu, Device, Machine, Rates, TokensRate
 
 RATE = ComputeRate(weight_bytes_per_s=1e9, flops_per_s=1e12)
 HOST = Device(id="cpu", kind="cpu", name="a processor", total_bytes=1 << 34, free_bytes=1 << 33)
@@ -138,22 +139,59 @@ def test_the_link_is_measured_from_page_locked_memory_where_there_is_such(
     assert asked == [pinned]
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer does beside its products is known."""
+    figures = {"attention_flops_per_s": 4e9, "activation_bytes_per_s": 5e9, "step_s": 6e-5}
+    for name, figure in figures.items():
+        monkeypatch.setattr(measure_compute, name, lambda *_, figure=figure: figure)
+
+
+@pytest.mark.usefixtures("beside")
 def test_rates_are_bytes_and_operations_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_compute, "_OUT", 8)
     monkeypatch.setattr(measure_compute, "_IN", 4)
-    times = iter([9.0, 0.1, 0.2, 0.1, 1e-4, 5.0, 0.2, 0.3, 0.4])
+    few = [0.5] * 4 + [0.25] * 12
+    times = iter([9.0, 0.1, 0.2, 0.1, 1e-4, 5.0, 0.2, 0.3, 0.4, *few])
     monkeypatch.setattr(measure_compute, "_AT_MOST_S", 10.0)
     monkeypatch.setattr(measure_compute, "_timed", lambda *_: next(times))
     rate = measure_compute._rate(torch.zeros(3, 8, 4))
-    assert rate == ComputeRate(weight_bytes_per_s=3 * 8 * 4 * 4 / 0.1, flops_per_s=2 * 512 * 8 * 4 / 0.3)
+    assert rate.weight_bytes_per_s == 3 * 8 * 4 * 4 / 0.1
+    assert rate.flops_per_s == 2 * 512 * 8 * 4 / 0.3
+    assert rate.few_tokens == tuple(
+        TokensRate(tokens=tokens, flops_per_s=2 * tokens * count * 8 * 4 / seconds)
+        for tokens, count, seconds in ((2, 3, 0.5), (4, 1, 0.25), (16, 1, 0.25), (64, 1, 0.25))
+    )
+    assert (rate.query_flops_per_s, rate.attention_flops_per_s) == (4e9, 4e9)
+    assert (rate.activation_bytes_per_s, rate.step_s) == (5e9, 6e-5)
 
 
+@pytest.mark.usefixtures("beside")
 def test_a_slow_device_is_measured_with_fewer_tokens_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([2.0, 1.0, 3.0])
+    times = iter([2.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(measure_compute, "_timed", lambda *_: next(times))
     rate = measure_compute._rate(torch.zeros(1, 2048, 8192, device="meta"))
     assert rate.weight_bytes_per_s == 2048 * 8192 * 4 / 2.0
     assert rate.flops_per_s == 2 * 128 * 2048 * 8192 / 3.0
+    assert [few.tokens for few in rate.few_tokens] == [2, 4, 16, 64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_is_measured_beside_its_products(dtype: torch.dtype) -> None:
+    device = torch.device("cpu")
+
+    def once(work: Callable[[], object], _: torch.device) -> float:
+        work()
+        return 0.5
+
+    with torch.inference_mode():
+        rate_of_reading = 1e12  # what is read takes nearly nothing then
+        assert measure_layer.step_s(dtype, device, rate_of_reading, once) == pytest.approx(0.5 / 72, rel=1e-3)
+        assert measure_layer.step_s(dtype, device, 1.0, once) == 1e-9  # never less than nothing
+        pairs = 512 * 512 / 2
+        assert measure_layer.attention_flops_per_s(dtype, device, 512, once) == 4 * 8 * 64 * pairs / 0.5
+        assert measure_layer.attention_flops_per_s(dtype, device, 1, once) == 16 * 4 * 8 * 64 * 512 / 0.5
+        assert measure_layer.activation_bytes_per_s(dtype, device, once) == 2 * 512 * 4096 * dtype.itemsize / 0.5
 
 
 @pytest.mark.usefixtures("small")

@@ -171,6 +171,6 @@ def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
     short = Pressure(run=Run(context=64, prompt_tokens=32), dtype_bits=32)
     found = facts(model)
     used = activation_bytes(terms(found, short)) + logits_bytes(terms(found, short)) + sum(cache_bytes(found, short))
-    assert heap_bytes(found, short) == int(1.5 * used) + FIRST_PASS_BYTES
+    assert heap_bytes(found, short) == int(1.7 * used) + FIRST_PASS_BYTES
     long = Pressure(run=Run(context=10**8, prompt_tokens=10**8), dtype_bits=32)
     assert heap_bytes(found, long) < 10**9 < activation_bytes(terms(found, long))

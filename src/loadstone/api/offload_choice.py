@@ -12,7 +12,7 @@ from loadstone.execute.values import States
 from loadstone.hardware.probe import probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
-from loadstone.plan.cost import speeds_of
+from loadstone.plan.cost import Beside, speeds_of
 from loadstone.plan.place import Missing, Segment, place, spread
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 from loadstone.units import format_bytes, parse_bytes
@@ -210,7 +210,7 @@ def _streamed(sizes: _Sizes, machine: Machine, device: str, room: int) -> tuple[
         host_room_bytes=_UNBOUNDED,
         tokens=(1, _TOKENS),
         num_passes=_TOKENS,
-        cache_bytes=0,
+        beside=(Beside(), Beside()),
         speeds=speeds_of(machine, "bfloat16"),
     )
     placed = place(segment)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn.functional import linear
 
-from loadstone.hardware.spec import ComputeRate, Device
+from loadstone.hardware.measure_layer import activation_bytes_per_s, attention_flops_per_s, step_s
+from loadstone.hardware.spec import ComputeRate, Device, TokensRate
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUT, _IN = 2048, 8192  # a projection of a model of 7 B parameters or so
 _HOST_WEIGHT_BYTES = 256 << 20  # more than the caches hold
 _DEVICE_WEIGHT_BYTES = 1 << 30  # the largest last-level cache of a GPU has 256 MB
+_FEW_TOKENS = (2, 4, 16, 64)
 _MANY_TOKENS = 512
 _REPEATS = 3
 _LINK_BYTES = 64 << 20
@@ -47,24 +49,44 @@ def measure_compute(device: Device) -> Mapping[str, ComputeRate]:
 
 
 def _rate(matrices: torch.Tensor) -> ComputeRate:
-    """With one token, over all matrices in turn; and with many tokens, fewer where the device is slow."""
-
-    def apply(tokens: torch.Tensor, count: int) -> Callable[[], None]:
-        def work() -> None:
-            for matrix in matrices[:count]:
-                linear(tokens, matrix)
-
-        return work
-
+    """With one token, over all matrices in turn; with more tokens, fewer of them; and what a layer does beside."""
+    dtype, device = matrices.dtype, matrices.device
     with torch.inference_mode():
-        one = matrices.new_ones((1, _IN))
-        seconds = _median_s(apply(one, len(matrices)), matrices.device)
-        few = matrices.new_ones((_MANY_TOKENS // 16, _IN))
+        weight_bytes_per_s = matrices.nbytes / _median_s(_products(matrices, 1, len(matrices)), device)
         num_tokens = _MANY_TOKENS
-        if 16 * _timed(apply(few, 1), matrices.device) > _AT_MOST_S:
-            num_tokens //= 4
-        many_s = _median_s(apply(matrices.new_ones((num_tokens, _IN)), 1), matrices.device)
-    return ComputeRate(weight_bytes_per_s=matrices.nbytes / seconds, flops_per_s=2 * num_tokens * _OUT * _IN / many_s)
+        if 16 * _timed(_products(matrices, _MANY_TOKENS // 16, 1), device) > _AT_MOST_S:
+            num_tokens //= 4  # a slow device
+        flops_per_s = _flops_per_s(matrices, num_tokens)
+        return ComputeRate(
+            weight_bytes_per_s=weight_bytes_per_s,
+            flops_per_s=flops_per_s,
+            few_tokens=tuple(
+                TokensRate(tokens=few, flops_per_s=_flops_per_s(matrices, few))
+                for few in _FEW_TOKENS
+                if few < num_tokens
+            ),
+            query_flops_per_s=attention_flops_per_s(dtype, device, 1, _median_s),
+            attention_flops_per_s=attention_flops_per_s(dtype, device, _MANY_TOKENS, _median_s),
+            activation_bytes_per_s=activation_bytes_per_s(dtype, device, _median_s),
+            step_s=step_s(dtype, device, weight_bytes_per_s, _median_s),
+        )
+
+
+def _flops_per_s(matrices: torch.Tensor, tokens: int) -> float:
+    """With so many tokens; with few of them over more matrices than caches hold."""
+    count = max(1, len(matrices) * _FEW_TOKENS[0] // tokens)
+    seconds = _median_s(_products(matrices, tokens, count), matrices.device)
+    return 2 * tokens * count * _OUT * _IN / seconds
+
+
+def _products(matrices: torch.Tensor, tokens: int, count: int) -> Callable[[], None]:
+    several = matrices.new_ones((tokens, _IN))
+
+    def work() -> None:
+        for matrix in matrices[:count]:
+            linear(several, matrix)
+
+    return work
 
 
 def measure_link(device: Device) -> float:

@@ -8,16 +8,39 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokensRate:
+    """A rate of matrix products that depends on how many tokens are multiplied together.
+
+    Attributes:
+        tokens: rows of the other matrix.
+        flops_per_s: floating-point operations.
+    """
+
+    tokens: int
+    flops_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeRate:
-    """How fast a device multiplies with weights of one dtype.
+    """How fast a device computes in one dtype; the first two suffice for a plan, the others make it exact.
 
     Attributes:
         weight_bytes_per_s: bytes of weights read with one token, where memory is the bound.
         flops_per_s: floating-point operations with many tokens, where arithmetic is.
+        few_tokens: the same with few tokens, in rising order; () where it is not known.
+        query_flops_per_s: attention of one query of a sequence to all its keys and values.
+        attention_flops_per_s: attention of a whole prompt to itself.
+        activation_bytes_per_s: results that operations without weights hand on to each other.
+        step_s: seconds beside all these for each tensor of weights in a pass: the small operations around it.
     """
 
     weight_bytes_per_s: float
     flops_per_s: float
+    few_tokens: tuple[TokensRate, ...] = ()
+    query_flops_per_s: float | None = None
+    attention_flops_per_s: float | None = None
+    activation_bytes_per_s: float | None = None
+    step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

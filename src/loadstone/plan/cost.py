@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from loadstone.dtypes import DTYPES
 from loadstone.hardware.spec import ComputeRate, Device, Machine
@@ -28,6 +30,8 @@ TYPICAL_TOUCH_BYTES_PER_S = 2e9
 TYPICAL_COPY_BYTES_PER_S = 8e9
 # What asking for one piece costs before its first byte comes: a read of its own, a launch.
 PIECE_S = {"disk": 1e-4, "link": 2e-5}
+# The number of tokens that stands for many where rates are measured.
+MANY_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,22 +115,81 @@ class Work:
     Attributes:
         memory_s: reading its weights.
         arithmetic_s: multiplying with them.
+        steps_s: the small operations around its tensors.
     """
 
-    memory_s: float
-    arithmetic_s: float
+    memory_s: float = 0.0
+    arithmetic_s: float = 0.0
+    steps_s: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The slower of both."""
-        return max(self.memory_s, self.arithmetic_s)
+        """The slower of the first two, and the steps."""
+        return max(self.memory_s, self.arithmetic_s) + self.steps_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What a pass does beside multiplying with weights.
+
+    Attributes:
+        cache_bytes: keys and values that are read.
+        query_flops: of attention where each sequence has one query.
+        attention_flops: of attention where each has many.
+        activation_bytes: what operations hand on to each other.
+        num_steps: small operations around all that, each as long as those around a tensor of weights.
+    """
+
+    cache_bytes: int = 0
+    query_flops: float = 0.0
+    attention_flops: float = 0.0
+    activation_bytes: int = 0
+    num_steps: int = 0
+
+    def __add__(self, other: Beside) -> Beside:
+        return Beside(
+            cache_bytes=self.cache_bytes + other.cache_bytes,
+            query_flops=self.query_flops + other.query_flops,
+            attention_flops=self.attention_flops + other.attention_flops,
+            activation_bytes=self.activation_bytes + other.activation_bytes,
+            num_steps=self.num_steps + other.num_steps,
+        )
+
+    def seconds(self, rate: ComputeRate) -> float:
+        """On a device with these rates; where only its rates of products are known, with those."""
+        query_s = self.query_flops / (rate.query_flops_per_s or rate.flops_per_s)
+        attention_s = self.attention_flops / (rate.attention_flops_per_s or rate.flops_per_s)
+        handed_on_s = self.activation_bytes / (rate.activation_bytes_per_s or rate.weight_bytes_per_s)
+        kept_s = max(query_s, self.cache_bytes / rate.weight_bytes_per_s)
+        return kept_s + attention_s + handed_on_s + self.num_steps * (rate.step_s or 0.0)
 
 
 def work(unit: Unit, rate: ComputeRate, tokens: int) -> Work:
-    """Computing with a unit where its weights are at hand."""
+    """Computing with a unit where its weights are at hand, with the tokens that it is given."""
+    if not tokens:
+        return Work()
     touched = touched_share(unit.kind, unit.use_share, tokens)
-    flops = 0.0 if unit.kind is UnitKind.EMBEDDING else 2.0 * unit.num_parameters * unit.use_share * tokens
-    return Work(memory_s=unit.memory_bytes * touched / rate.weight_bytes_per_s, arithmetic_s=flops / rate.flops_per_s)
+    steps_s = touched * len(unit.tensors) * (rate.step_s or 0.0)
+    memory_s = unit.memory_bytes * touched / rate.weight_bytes_per_s
+    if unit.kind is UnitKind.EMBEDDING or not unit.num_parameters:
+        return Work(memory_s=memory_s, steps_s=steps_s)
+    flops = 2.0 * unit.num_parameters * unit.use_share * tokens
+    together = tokens * unit.use_share / touched  # of an expert: the tokens that chose it
+    flops_per_s = _flops_per_s(rate, together, unit.memory_bytes / unit.num_parameters)
+    return Work(memory_s=memory_s, arithmetic_s=flops / flops_per_s, steps_s=steps_s)
+
+
+def _flops_per_s(rate: ComputeRate, tokens: float, width_bytes: float) -> float:
+    """What products do with so many tokens: between counts that were measured, on a straight line of logarithms."""
+    if not rate.few_tokens or tokens >= MANY_TOKENS:
+        return rate.flops_per_s
+    one = 2 * rate.weight_bytes_per_s / width_bytes
+    known = [(1, one), *((few.tokens, few.flops_per_s) for few in rate.few_tokens), (MANY_TOKENS, rate.flops_per_s)]
+    for (fewer, slower), (more, faster) in pairwise(known):
+        if tokens <= more:
+            way = math.log(max(1.0, tokens) / fewer) / math.log(more / fewer)
+            return math.exp((1 - way) * math.log(slower) + way * math.log(faster))
+    return rate.flops_per_s
 
 
 def transfer_s(unit: Unit, tokens: int, way: tuple[float, str]) -> float:

@@ -154,7 +154,8 @@ def _pass_s(problem: Problem, found: Iterable[Assignment]) -> tuple[float, float
     seconds = [0.0, 0.0]
     for one in found:
         for index, tokens in enumerate(problem.tokens):
-            seconds[index] += work(one.unit, problem.speeds.compute[one.compute], tokens).seconds
+            given = one.unit.num_tokens(problem.tokens, index)
+            seconds[index] += work(one.unit, problem.speeds.compute[one.compute], given).seconds
             if one.home != one.compute:
                 seconds[index] += transfer_s(one.unit, tokens, problem.speeds.way(one.home, one.compute))
     return (seconds[0], seconds[1])

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from loadstone.hardware.spec import Device
 from loadstone.plan.budget import SHARED_MEMORY
-from loadstone.plan.cost import Speeds
+from loadstone.plan.cost import Beside, Speeds
 from loadstone.plan.place import Assignment, Missing, Placed, Segment, buffer_bytes, place, run_s
 from loadstone.plan.reserve import NUM_BUFFERS, PINNED_RING_BYTES, Loading
 from loadstone.plan.units import Inventory
@@ -23,6 +23,13 @@ _BISECTIONS = 12
 _MOST_TRIED_UNITS = 700
 # Units of which a token needs only a part.
 _SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
+
+
+def _orders(units: Iterable[Unit]) -> set[int]:
+    """The places in execution of blocks; experts have none of their own."""
+    expert = UnitKind.EXPERT
+    return {unit.order for unit in units if unit.kind is not expert}
+
 
 # What stays together on the walk, with its bytes.
 _Step = tuple[int, list[Unit]]
@@ -38,6 +45,7 @@ class Problem:
         budgets: of every device, in bytes.
         level_bytes: of the host's budget, what the process takes after its imports.
         cache_bytes: by place in execution, what the layer there keeps between passes.
+        beside: by place in execution, what the layer there does in either pass beside products with weights.
         pass_bytes: activations and logits of the largest pass, on each device that computes.
         device_workspace_bytes: of an accelerator.
         heap_bytes: what the host's allocator keeps beside them and the cache, where it computes.
@@ -54,6 +62,7 @@ class Problem:
     budgets: Mapping[str, int]
     level_bytes: int
     cache_bytes: Mapping[int, int]
+    beside: Mapping[int, tuple[Beside, Beside]]
     pass_bytes: int
     device_workspace_bytes: int
     heap_bytes: int
@@ -72,9 +81,12 @@ class Problem:
 
     def cache_of(self, units: Iterable[Unit]) -> int:
         """What the layers of these units keep between passes."""
-        expert = UnitKind.EXPERT
-        orders = {unit.order for unit in units if unit.kind is not expert}
-        return sum(self.cache_bytes.get(order, 0) for order in orders)
+        return sum(self.cache_bytes.get(order, 0) for order in _orders(units))
+
+    def beside_of(self, units: Iterable[Unit]) -> tuple[Beside, Beside]:
+        """What these units do beside products with their weights: in a decoding pass, then over the prompt."""
+        found = [self.beside[order] for order in _orders(units) if order in self.beside]
+        return sum((one[0] for one in found), Beside()), sum((one[1] for one in found), Beside())
 
     def host_room(self, computing: Sequence[Unit], num_accelerators: int) -> int:
         """The host's bytes for weights and slots; below zero where even the rest does not fit."""
@@ -158,16 +170,15 @@ def _shortfall(problem: Problem, devices: Sequence[Device]) -> int:
 
 
 def _segment(problem: Problem, device: str, units: Sequence[Unit], host_room: int) -> Segment:
-    cache = problem.cache_of(units)
     return Segment(
         device=device,
         units=tuple(units),
         parts=problem.inventory.parts,
-        room_bytes=host_room if device == HOST else problem.device_room(device) - cache,
+        room_bytes=host_room if device == HOST else problem.device_room(device) - problem.cache_of(units),
         host_room_bytes=max(0, host_room),
         tokens=problem.tokens,
         num_passes=problem.num_passes,
-        cache_bytes=cache,
+        beside=problem.beside_of(units),
         speeds=problem.speeds,
         offload=problem.offload,
     )
@@ -356,29 +367,3 @@ def _cut(steps: Sequence[_Step], devices: Sequence[Device], cuts: Sequence[int])
         for device, (begin, end) in zip(devices, pairwise(bounds), strict=True)
     ]
     return [(device, units) for device, units in shares if units]
-
-
-def cache_by_order(units: Iterable[Unit], by_layer: Sequence[int]) -> dict[int, int]:
-    """Give each layer's cache to the block that fills it.
-
-    Args:
-        units: of the model.
-        by_layer: bytes that each layer of the language model keeps.
-
-    Returns:
-        Bytes by place in execution: of the stack that has as many blocks as there are layers, else of the last one.
-        Where no stack is numbered, all of it is at the last place.
-    """
-    stacks: dict[str, list[int]] = {}
-    last = 0
-    for unit in units:
-        last = unit.order
-        stack, _, number = unit.name.rpartition(".")
-        if unit.kind is UnitKind.BLOCK and number.isdecimal():
-            stacks.setdefault(stack, []).append(unit.order)
-    orders = next((found for found in reversed(stacks.values()) if len(found) == len(by_layer)), None)
-    orders = orders or (list(stacks.values())[-1] if stacks else [last])
-    found = dict.fromkeys(orders, 0)
-    for index, nbytes in enumerate(by_layer):
-        found[orders[min(index, len(orders) - 1)]] += nbytes
-    return found

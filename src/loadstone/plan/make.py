@@ -10,13 +10,14 @@ from loadstone.dtypes import DTYPES
 from loadstone.errors import DoesNotFit
 from loadstone.hardware.spec import Machine
 from loadstone.plan.alternatives import Attempt, alternatives
+from loadstone.plan.beside import beside_by_order, cache_by_order
 from loadstone.plan.budget import Process, budgets
 from loadstone.plan.choose import Choice, choose_dtype
 from loadstone.plan.cost import speeds_of
 from loadstone.plan.device_map import checked_map, layout_of
 from loadstone.plan.facts import Facts, facts_of
 from loadstone.plan.identity import identity
-from loadstone.plan.layout import Layout, Problem, best_layout, cache_by_order
+from loadstone.plan.layout import Layout, Problem, best_layout
 from loadstone.plan.place import Missing
 from loadstone.plan.predict import device_plans, placements, prediction
 from loadstone.plan.reserve import (
@@ -159,6 +160,7 @@ class _Planner:
             budgets=budgets(self.machine, asked.max_memory, self.process),
             level_bytes=self.process.level_bytes,
             cache_bytes=cache_by_order(found.units, cache_bytes(facts, pressure)),
+            beside=beside_by_order(facts, pressure, found.units),
             pass_bytes=activation_bytes(allocated) + logits_bytes(allocated),
             device_workspace_bytes=DEVICE_WORKSPACE_BYTES,
             heap_bytes=heap_bytes(facts, pressure),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from loadstone.plan.cost import Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.cost import Beside, Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
 from loadstone.plan.experts import ring_bytes
 from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
@@ -35,7 +35,7 @@ class Segment:
         host_room_bytes: of the host, for streamed units to live in; 0 where they live on the disk.
         tokens: of a decoding pass, and of the pass over the prompt.
         num_passes: decoding passes for each pass over a prompt.
-        cache_bytes: that a decoding pass reads on the device.
+        beside: what a decoding pass, and the pass over the prompt, do beside products with weights.
         speeds: of the machine.
         offload: whether anything may be streamed.
     """
@@ -47,7 +47,7 @@ class Segment:
     host_room_bytes: int
     tokens: tuple[int, int]
     num_passes: int
-    cache_bytes: int
+    beside: tuple[Beside, Beside]
     speeds: Speeds
     offload: bool = True
 
@@ -137,7 +137,8 @@ class _Choice:
 
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
-    return (unit.kind, unit.memory_bytes, unit.slot_bytes, unit.stored_bytes, unit.use_share, unit.num_parameters)
+    sizes = (unit.memory_bytes, unit.slot_bytes, unit.stored_bytes, unit.num_parameters, len(unit.tensors))
+    return (unit.kind, unit.seen, unit.use_share, *sizes)
 
 
 def buffer_bytes(assignments: Iterable[Assignment]) -> int:
@@ -320,8 +321,10 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tup
     homes = list(_homes(segment, choice))
     seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
-        compute = segment.cache_bytes / rate.weight_bytes_per_s if index == 0 else 0.0
-        compute += sum(len(group.units) * work(group.units[0], rate, tokens).seconds for group in choice.groups)
+        compute = segment.beside[index].seconds(rate)
+        for group in choice.groups:
+            given = group.units[0].num_tokens(segment.tokens, index)
+            compute += len(group.units) * work(group.units[0], rate, given).seconds
         moving = sum(
             near * transfer_s(unit, tokens, segment.speeds.way(HOST, segment.device))
             + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))

@@ -102,13 +102,12 @@ def prediction(problem: Problem, layout: Layout, *, generates: bool) -> Predicti
         generates: whether the model goes on token by token.
     """
     load_s, load_bound_by = _load(problem, layout)
-    decode_tokens, prompt_tokens = problem.tokens
     tally = _tally(layout)
     return Prediction(
         load_s=load_s,
         load_bound_by=load_bound_by,
-        prefill=_pass(problem, layout, tally, prompt_tokens, first=True),
-        decode=_pass(problem, layout, tally, decode_tokens, first=False),
+        prefill=_pass(problem, layout, tally, 1),
+        decode=_pass(problem, layout, tally, 0),
         measured=problem.speeds.measured,
         generates=generates,
     )
@@ -135,19 +134,21 @@ def _load(problem: Problem, layout: Layout) -> tuple[float, str]:
     return seconds[bound], bound
 
 
-def _pass(problem: Problem, layout: Layout, tally: _Tally, tokens: int, *, first: bool) -> Pass:
-    """One pass over all devices, one after another; on each, computing goes on over what is brought in."""
-    speeds = problem.speeds
+def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
+    """A decoding pass (0) or the pass over the prompt (1), over all devices, one after another.
+
+    On each, computing goes on over what is brought in.
+    """
+    speeds, tokens, first = problem.speeds, problem.tokens[index], index == 1
     total = {"compute": 0.0, "memory": 0.0, "disk": 0.0, "link": 0.0}
     seconds = compute_s = moving_s = fill_s = 0.0
     for device, alike in tally.items():
         rate = speeds.compute[device]
-        there: Iterable[Unit] = () if first else (one.unit for one in layout.assignments if one.compute == device)
-        cache = problem.cache_of(there) / rate.weight_bytes_per_s
-        computing, moving = cache, 0.0
-        total["memory"] += cache
+        beside = problem.beside_of(one.unit for one in layout.assignments if one.compute == device)[index]
+        computing, moving = beside.seconds(rate), 0.0
+        total["memory"] += computing
         for one, count in alike:
-            done = work(one.unit, rate, tokens)
+            done = work(one.unit, rate, one.unit.num_tokens(problem.tokens, index))
             computing += count * done.seconds
             total["memory" if done.memory_s >= done.arithmetic_s else "compute"] += count * done.seconds
             if one.home != one.compute:

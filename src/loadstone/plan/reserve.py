@@ -22,9 +22,9 @@ PINNED_RING_BYTES = 16_000_000
 NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
-# most: 0.3 to 1.5, found with eight models (benchmarks/bench_plan.py). Blocks of more than 32 MB go back at once.
+# most: 0.3 to 1.7, for one model too, from run to run (benchmarks/bench_plan.py). Blocks above 32 MB go back at once.
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
-HEAP_SHARE = 1.5
+HEAP_SHARE = 1.7
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
 FIRST_PASS_BYTES = 6_000_000
@@ -179,7 +179,7 @@ def _attention(facts: Facts, pressure: Pressure) -> int:
     if facts.latent_dim:
         # expand_kv: the product of kv_b_proj, and keys put together from it, over the whole context
         numel += 2 * reached * facts.num_heads * (facts.key_dim + facts.value_dim)
-    elif _has_mask(facts, pressure) and facts.num_kv_heads < facts.num_heads:
+    elif has_mask(facts, pressure) and facts.num_kv_heads < facts.num_heads:
         # sdpa_attention_forward: with a mask, keys and values are repeated for every query head
         numel += reached * facts.num_heads * (facts.key_dim + facts.value_dim)
     return numel * width
@@ -196,12 +196,13 @@ def _experts(facts: Facts, pressure: Pressure) -> int:
     return chosen * (numel + sums)
 
 
-def _has_mask(facts: Facts, pressure: Pressure) -> bool:
+def has_mask(facts: Facts, pressure: Pressure) -> bool:
+    """Whether attention is given a mask: where sequences are padded, or windows are narrower than the context."""
     return pressure.run.batch > 1 or 0 < facts.window < pressure.run.context
 
 
 def _mask(facts: Facts, pressure: Pressure) -> int:
-    if not _has_mask(facts, pressure):
+    if not has_mask(facts, pressure):
         return 0
     kinds = 2 if facts.window else 1  # one for the full layers, one for the windowed
     return kinds * pressure.tokens * pressure.run.context

@@ -15,7 +15,7 @@ from loadstone.architecture.keymap import WRAPPER_PREFIXES
 from loadstone.checkpoint.values import Checkpoint, Format, TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.plan.facts import Facts
-from loadstone.plan.values import Unit, UnitKind
+from loadstone.plan.values import Seen, Unit, UnitKind
 
 _Form = tuple[str, str | None, tuple[int, ...]]
 _EXPERTS = ".experts."
@@ -28,6 +28,8 @@ _TABLES = re.compile(
 )
 _TOKEN_TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings|shared)$")
 _HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out|score|classifier|pooler|cls\..+|predictions\..+|proj_out)$")
+# The two stacks of an encoder-decoder.
+_SIDES = re.compile(r"(model\.)?(?P<side>encoder|decoder)\.")
 # The heads that a token table can be tied to; the others have rows of their own.
 _TOKEN_HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out|decoder|proj_out)$")
 
@@ -61,7 +63,8 @@ class Inventory:
             grouped.setdefault(_parent(self.module_names[name]), []).append(name)
         if len(grouped) < 2:
             return (unit,)
-        return tuple(self.unit(part, unit.kind, unit.order, names, unit.use_share) for part, names in grouped.items())
+        parts = (self.unit(part, unit.kind, unit.order, names, unit.use_share) for part, names in grouped.items())
+        return tuple(replace(part, seen=unit.seen) for part in parts)
 
     def storage(self, unit: Unit) -> str:
         """What the largest of its tensors is stored as: a dtype, or a block encoding."""
@@ -135,7 +138,17 @@ def inventory(checkpoint: Checkpoint, facts: Facts, dtype: str) -> Inventory:
     units: list[Unit] = []
     for block, names in _blocks(bare):
         units.extend(_units_of(block, names, bare, facts))
-    return replace(bare, units=tuple(_tied(units, bare, facts)))
+    return replace(bare, units=tuple(_seen(unit, facts) for unit in _tied(units, bare, facts)))
+
+
+def _seen(unit: Unit, facts: Facts) -> Unit:
+    """The unit with the tokens that it is given: generation asks a head for the newest only."""
+    if unit.kind is UnitKind.HEAD:
+        return replace(unit, seen=Seen.NEWEST)
+    side = _SIDES.match(unit.name) if facts.num_encoder_layers else None
+    if side is None:
+        return unit
+    return replace(unit, seen=Seen.PROMPT if side["side"] == "encoder" else Seen.NEWEST)
 
 
 def _blocks(bare: Inventory) -> Iterator[tuple[Block, Sequence[str]]]:

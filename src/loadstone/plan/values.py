@@ -25,6 +25,16 @@ class UnitKind(Enum):
     __hash__ = object.__hash__
 
 
+class Seen(Enum):
+    """Which tokens a unit is given."""
+
+    ALL = "all"
+    NEWEST = "newest"  # one of each sequence in either pass: heads, and the decoder of an encoder-decoder
+    PROMPT = "prompt"  # none while decoding: the encoder
+
+    __hash__ = object.__hash__
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """Tensors that are placed together.
@@ -42,6 +52,7 @@ class Unit:
         rearranged_bytes: what those take beside it whose elements stand in another order in the files.
         use_share: the part of the unit that one token touches: 1 for a block, a row's share for an embedding, the
             chosen share for experts.
+        seen: the tokens that it is given.
     """
 
     name: str
@@ -55,6 +66,18 @@ class Unit:
     largest_bytes: int
     use_share: float = 1.0
     rearranged_bytes: int = 0
+    seen: Seen = Seen.ALL
+
+    def num_tokens(self, tokens: tuple[int, int], index: int) -> int:
+        """The tokens that it is given in one kind of pass.
+
+        Args:
+            tokens: of a decoding pass, and of the pass over the prompt.
+            index: which of both.
+        """
+        if self.seen is Seen.NEWEST:
+            return tokens[0]
+        return tokens[index] if index or self.seen is Seen.ALL else 0
 
     @property
     def slot_bytes(self) -> int:

@@ -57,6 +57,25 @@ def spread(packed: Bytes, shifts: tuple[int, ...], mask: int, item: int) -> Byte
     return words.view(np.uint8).reshape(len(packed), -1)
 
 
+def spread_high(packed: Bytes, shifts: tuple[int, ...], mask: int, item: int) -> Bytes:
+    """The bit fields of bytes, one to a byte, where they are wanted: above four low bits.
+
+    Args:
+        packed: fields of the blocks of one strip, (num_blocks, nbytes).
+        shifts: where in the low half of a byte its bit fields begin; they do the same in the high half.
+        mask: what is left of each byte.
+        item: every run of so many bytes becomes one such run for each bit field.
+
+    Returns:
+        (num_blocks, nbytes * 2 * len(shifts))
+    """
+    runs = packed.reshape(-1, 1, item)
+    halves = np.empty((len(runs), 2, item), np.uint8)
+    np.left_shift(runs, np.uint8(4), out=halves[:, :1])
+    halves[:, 1:] = runs
+    return spread(halves.reshape(len(packed), -1), shifts, mask, item)
+
+
 @cache
 def _moves(shifts: tuple[int, ...], item: int) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
     """For a whole strip: the run that each run is taken from, and how far each of its words is shifted."""
@@ -66,10 +85,11 @@ def _moves(shifts: tuple[int, ...], item: int) -> tuple[NDArray[np.intp], NDArra
     return index, amounts
 
 
-def merge(low: Bytes, high: Bytes, shift: int) -> Bytes:
+def merge(low: Bytes, high: Bytes, shift: int = 0) -> Bytes:
     """`low | high << shift`, in place in `low`; `high` is spoilt."""
     whole, moved = low.view(np.uint64), high.view(np.uint64)
-    np.left_shift(moved, np.uint64(shift), out=moved)
+    if shift:
+        np.left_shift(moved, np.uint64(shift), out=moved)
     np.bitwise_or(whole, moved, out=whole)
     return low
 

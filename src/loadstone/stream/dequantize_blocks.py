@@ -22,6 +22,7 @@ from loadstone.stream.dequantize_bits import (
     merge,
     scale,
     spread,
+    spread_high,
 )
 
 # Masks over the four bytes of a word.
@@ -106,14 +107,14 @@ def _q4_k(blocks: Bytes, out: Floats) -> None:
 def _q5_k(blocks: Bytes, out: Floats) -> None:
     factor, minimum = _six_bit_pairs(blocks)
     quants = spread(field(blocks, 48, 128), (0, 4), 15, 32)
-    scale(merge(quants, spread(field(blocks, 16, 32), (0, 1, 2, 3, 4, 5, 6, 7), 1, 32), 4), out, factor)
+    scale(merge(quants, spread_high(field(blocks, 16, 32), (0, 1, 2, 3), 16, 32)), out, factor)
     lower(out, minimum)
 
 
 def _q6_k(blocks: Bytes, out: Floats) -> None:
     factor = half(blocks, 208) * field(blocks, 192, 16).view(np.int8).astype(np.float32)
     quants = spread(field(blocks, 0, 128), (0, 4), 15, 64)
-    quants = merge(quants, spread(field(blocks, 128, 64), (0, 2, 4, 6), 3, 32), 4)
+    quants = merge(quants, spread_high(field(blocks, 128, 64), (0, 2), 48, 32))
     scale(centre(quants, 32), out, factor)
 
 
