@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.errors import PlanNotSupported
 from loadstone.execute.trace import recorded
-from loadstone.plan.values import Plan, UnitKind
+from loadstone.plan.values import HOST, Plan, UnitKind
 from loadstone.report.load_report import LoadReport
 from loadstone.report.streaming import as_text
 from loadstone.report.trace import check_writable, write_trace
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Undo = Callable[[], "Loaded | None"]
 
+_PARKING_PLACES = ("disk", "ram")
 _LOCK = threading.Lock()
 _LOADED: weakref.WeakKeyDictionary[nn.Module, Loaded] = weakref.WeakKeyDictionary()
 
@@ -142,25 +143,37 @@ class Loaded:
         num_whole = sum(unit.rpartition(".")[2].isdecimal() for unit in blocks)
         return self.plan.prediction.decode.bound_by in ("disk", "link") and 2 * num_whole > len(blocks)
 
-    def park(self, *, keep_changed: bool = False) -> int:
-        """Let the model leave memory: its weights, the slots, the threads and the open files.
+    def park(self, to: str = "disk", *, keep_changed: bool = False) -> int:
+        """Let the model leave the device: its weights, the slots, the threads and the open files.
 
         The module stays. Whoever uses it wakes it; `wake()` does so ahead of time. What its files cannot give back
-        stays in memory: buffers, parameters that only torch can convert, and parameters that were added since. A model
-        that is parked already stays so.
+        stays where it is: buffers, parameters that only torch can convert, and parameters that were added since. A
+        model that is parked already stays so.
 
         Args:
-            keep_changed: leave parameters that are not as they were loaded in memory too, instead of refusing. What
+            to: where the weights come back from. "disk": their files, which take no memory. "ram": copies in host
+                memory, for a model on an accelerator.
+            keep_changed: leave parameters that are not as they were loaded where they are, instead of refusing. What
                 torch does not count as a change (writes through `.data` or numpy) is not seen, and lost.
 
         Returns:
-            The bytes of the parameters that went.
+            The bytes of the parameters that left the device.
 
         Raises:
             StreamedModel: a parameter was changed, or the model was closed.
-            PlanNotSupported: its weights are not on the CPU.
+            PlanNotSupported: it was arranged by `loadstone.offload`.
+            ValueError: `to` is neither, or is where the weights are already.
         """
-        return self._residency("park").change(lambda states: states.park(keep_changed=keep_changed))
+        if to not in _PARKING_PLACES:
+            raise ValueError(f'park: expected to="disk" or to="ram", found {to!r}.')
+        residency = self._residency("park")
+        if to == "ram" and self.report.device.value == HOST:
+            raise ValueError(
+                'park: expected a model on an accelerator for to="ram", found one that is in RAM already; park() lets '
+                "it leave, and its files give it back."
+            )
+        copied = to == "ram"
+        return residency.change(lambda states: states.park(keep_changed=keep_changed, copied=copied))
 
     def wake(self) -> None:
         """Bring back what was in memory when the model was parked, with the same bits; one that is awake stays so.
@@ -173,7 +186,7 @@ class Loaded:
             self.residency.change(lambda states: states.wake())
 
     def limit(self, size: str | int | None) -> None:
-        """Change how much memory the weights may take while the model lives.
+        """Change how much memory the weights may take, where the model computes, while it lives.
 
         Blocks go or come back until what is kept and the slots for the rest are as much as the limit allows; what went
         is read from its files in each pass. Of a model that is parked, this is what it wakes up to.
@@ -184,7 +197,7 @@ class Loaded:
         Raises:
             ValueError: it is no size, or less than the slots and what cannot be read again take.
             StreamedModel: the model was closed.
-            PlanNotSupported: its weights are not on the CPU.
+            PlanNotSupported: it was arranged by `loadstone.offload`.
             LoadstoneError: files cannot be read, or are not those that the model was loaded from.
         """
         limit_bytes = None if size is None else parse_bytes(size, option="limit")
@@ -216,24 +229,18 @@ class Loaded:
     def _residency(self, what: str) -> Residency:
         with self._lock:
             if self._undo is not None:
-                raise _not_on_the_cpu(what, "a model that loadstone.offload has arranged")
+                raise PlanNotSupported(
+                    f"{what}: expected a model as loadstone.load made it, found one that loadstone.offload has "
+                    "arranged; call restore() first, or give offload other states."
+                )
             if self.residency is None:
-                model, device = self._model(), self.report.device.value
-                if device != "cpu" or self.origin is None or model is None:
-                    raise _not_on_the_cpu(what, f"weights on {device}")
+                model = self._model()
+                if self.origin is None or model is None:
+                    raise PlanNotSupported(f"{what}: expected a model that came from files, found one that did not.")
                 from loadstone.execute.adopt import residency_for
 
-                self.residency = residency_for(model, self.origin)
-            if not self.residency.can_change:
-                raise _not_on_the_cpu(what, f"a model that computes on {self.report.device.value}")
+                self.residency = residency_for(model, self.origin, self.report.device.value)
             return self.residency
-
-
-def _not_on_the_cpu(what: str, found: str) -> PlanNotSupported:
-    return PlanNotSupported(
-        f"{what}: expected weights that were loaded to the CPU, found {found}; only those can leave memory and "
-        "come back. Load the model with device='cpu', or load it again instead."
-    )
 
 
 def find(model: nn.Module) -> Loaded | None:

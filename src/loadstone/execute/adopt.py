@@ -28,6 +28,7 @@ from loadstone.stream.materialize import as_tensor
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.refill import Wanted, can_refill
 from loadstone.stream.sources import FileSource
+from loadstone.stream.transfer import torch_device
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # As many as a plan takes where it can: one unit is read while another computes.
@@ -41,7 +42,7 @@ class Origin:
     Attributes:
         checkpoint: their files.
         wanted: what fills each, by fqn.
-        homes: those that were loaded to stay in host memory, as they were when the load was over.
+        homes: those that were loaded to stay, as they were when the load was over.
     """
 
     checkpoint: Checkpoint
@@ -61,7 +62,7 @@ def homes_of(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str
         loaded = tensors.get(fqn)
         if loaded is None or isinstance(parameter, StreamedParameter) or id(parameter) in found:
             continue
-        plain = parameter.device.type == "cpu" and not parameter.is_inference() and parameter.numel()
+        plain = not parameter.is_inference() and parameter.numel()
         if plain and parameter.data_ptr() == loaded.data_ptr() and parameter.dtype == loaded.dtype:
             found[id(parameter)] = fqn, Home.of(parameter)
     return dict(found.values())
@@ -72,10 +73,17 @@ def adopting(module: nn.Module, origin: Origin, source: FileSource) -> Adopt:
     return partial(_adopted, weakref.ref(module), origin, source)
 
 
-def residency_for(module: nn.Module, origin: Origin) -> Residency:
-    """What can let a model go that is wholly in memory; it does nothing until it is asked."""
-    streaming = Streaming(units=(), num_slots=_NUM_SLOTS)
-    return attach(module, Streamed(), origin.checkpoint, streaming, ignore, partial(adopting, module, origin))
+def residency_for(module: nn.Module, origin: Origin, device: str) -> Residency:
+    """What can let a model go that is wholly on a device; it does nothing until it is asked."""
+    streaming = Streaming(units=(), num_slots=_NUM_SLOTS, device=device)
+    return attach(
+        module,
+        Streamed(device=torch_device(device)),
+        origin.checkpoint,
+        streaming,
+        ignore,
+        partial(adopting, module, origin),
+    )
 
 
 def _adopted(
@@ -102,7 +110,7 @@ def _adopted(
     source.add(chosen.wanted)
     grouping = Grouping(module, chosen, lambda parameter: fqn_by_id.get(id(parameter)), source, taken)
     units = grouping.units(source.more({**grouping.walked, **grouping.tables}), residency)
-    _keep(units, origin)
+    _keep(units, origin, source)
     fixed = (parameter for ident, (_, _, parameter) in present.items() if ident not in fqn_by_id)
     return Adopted(
         units=tuple(units),
@@ -111,7 +119,7 @@ def _adopted(
     )
 
 
-def _keep(units: Sequence[Unit], origin: Origin) -> None:
+def _keep(units: Sequence[Unit], origin: Origin, source: FileSource) -> None:
     """Say of units that they are there to stay, and how they came."""
     storages = storages_of(file.path for file in origin.checkpoint.files)
     remote = {path for path, storage in storages.items() if storage.network}
@@ -120,7 +128,9 @@ def _keep(units: Sequence[Unit], origin: Origin) -> None:
         infos = [origin.checkpoint.tensors[one.assignment.parts[0].source] for one in filled]
         unit.is_kept = True
         unit.homes = tuple(origin.homes[one.fqn] for one in filled)
-        if all(_is_mapped(one, info) and info.file not in remote for one, info in zip(filled, infos, strict=True)):
+        if source.is_direct and all(
+            _is_mapped(one, info) and info.file not in remote for one, info in zip(filled, infos, strict=True)
+        ):
             unit.maps = partial(_mapped, infos, [one.target for one in filled])
 
 

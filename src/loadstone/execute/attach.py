@@ -44,6 +44,8 @@ def attach(
     """
 
     def keep(fqn: str) -> Keep:
+        if fqn not in streamed.wanted:  # it was loaded to stay, and went later
+            return Keep.DISK
         sources = {part.source for part in streamed.wanted[fqn].assignment.parts}
         # Blocks of an encoding would be kept decoded, which takes more than the plan has counted.
         plain = all(checkpoint.tensors[name].encoding is None for name in sources)

@@ -102,7 +102,7 @@ class Grouping:
 
     def _unit(self, name: str, group: _Group, filler: Filler, residency: Residency) -> Unit:
         fqns = group.fqns
-        if group.entries or filler.can_rest:
+        if filler.knows(name):
             fqns = [place.fqn for place in filler.layout(name).places]
         unit = Unit(
             name=name,

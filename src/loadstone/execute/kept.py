@@ -122,6 +122,7 @@ class Unit:
         is_kept: it is in memory for good.
         homes: its parameters, where it is kept.
         attributes: what others have attached to them.
+        copies: its parameters in host memory, where the model was parked there.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Unit:
     is_kept: bool = False
     homes: tuple[Home, ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
+    copies: list[torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -174,6 +176,13 @@ def parameters(unit: Unit, tensors: Iterable[torch.Tensor]) -> list[nn.Parameter
         ]
 
 
+def _copied_back(copies: Sequence[torch.Tensor], places: list[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        for copied, place in zip(copies, places, strict=True):
+            place.copy_(copied)
+    return places
+
+
 class Kept:
     """Lets units go, and brings them back; whoever uses it has the model's turn.
 
@@ -199,8 +208,12 @@ class Kept:
             if not unit.changed()
         ]
 
-    def demote(self, names: Iterable[str]) -> int:
+    def demote(self, names: Iterable[str], *, copied: bool = False) -> int:
         """Let units go.
+
+        Args:
+            names: of them.
+            copied: to host memory, from where they come back until `drop_copies`; else they come from their files.
 
         Returns:
             The bytes that they took.
@@ -209,6 +222,7 @@ class Kept:
         for unit in map(self._units.__getitem__, names):
             there = [owner[name] for owner, name in (member.owners[0] for member in unit.members)]
             unit.attributes = tuple(dict(vars(parameter)) for parameter in there)
+            unit.copies = [parameter.detach().to("cpu", copy=True) for parameter in there] if copied else None
             for member, parameter in zip(unit.members, there, strict=True):
                 member.placeholder.requires_grad_(parameter.requires_grad)
                 if unit.maps is not None:
@@ -232,14 +246,19 @@ class Kept:
                 if unit.maps is not None:
                     self._filler.check(unit.name)
                     tensors[unit.name] = unit.maps()
-                else:
-                    memory = self._filler.slot(self._filler.layout(unit.name).nbytes)
-                    coming.append((unit, memory, self._filler.fill(unit.name, memory, priority=-1)))
+                    continue
+                memory = self._filler.slot(self._filler.layout(unit.name).nbytes)
+                if unit.copies is not None:
+                    tensors[unit.name] = _copied_back(unit.copies, self._cut(unit, memory))
+                    self._filler.forget(memory)
+                    continue
+                coming.append((unit, memory, self._filler.fill(unit.name, memory, priority=-1)))
             for unit, memory, filling in coming:
                 filling.wait()
                 tensors[unit.name] = self._cut(unit, memory)
             for unit in units:
-                self._filler.check(unit.name)
+                if unit.copies is None:
+                    self._filler.check(unit.name)
         finally:
             for _, memory, filling in coming:
                 filling.cancel()
@@ -247,11 +266,16 @@ class Kept:
         for unit in units:
             self._settle(unit, parameters(unit, tensors[unit.name]))
 
+    def drop_copies(self) -> None:
+        """Have everything come from its files again."""
+        for unit in self._units.values():
+            unit.copies = None
+
     def _cut(self, unit: Unit, memory: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter; what was needed to put them there is given back."""
         layout = self._filler.layout(unit.name)
         end = -(-layout.end // PAGE_BYTES) * PAGE_BYTES
-        if end < memory.numel():
+        if end < memory.numel() and self._filler.on_host:
             give_back(memory[end:].numpy())
         return layout.views(memory)
 

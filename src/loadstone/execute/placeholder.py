@@ -123,7 +123,11 @@ def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         ids, table = args
         if isinstance(table, StreamedParameter) and table.lookup is not None:
             there = ids.to(_HOST)  # the table is on the host, wherever the model computes
-            return table.lookup(there, lambda rows: functional.embedding(there, rows, **kwargs)).to(ids.device)
+
+            def take(rows: torch.Tensor) -> torch.Tensor:
+                return functional.embedding(there.to(rows.device), rows, **kwargs)
+
+            return table.lookup(there, take).to(ids.device)
     if func is torch.Tensor.__getitem__ and args[0].lookup is not None:
         table, index = args
         ids = torch.arange(len(table))[index[0] if isinstance(index, tuple) else index]

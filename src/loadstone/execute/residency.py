@@ -240,11 +240,6 @@ class Residency:
         return self._turn.is_mine and bool(self._entered)
 
     @property
-    def can_change(self) -> bool:
-        """Whether units can go and come back while the model lives."""
-        return self._filler.can_rest
-
-    @property
     def is_whole(self) -> bool:
         """Whether all of the model is there to stay."""
         return self._states.is_whole
@@ -350,7 +345,7 @@ class Residency:
 
     def _relieve(self, error: BaseException | None) -> None:
         """Give memory back where a forward ended because there was too little of it."""
-        if not self.can_change or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return
         if self._entered == [""] and error is not None and is_out_of_memory(error):
             self._know_all()

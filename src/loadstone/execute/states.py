@@ -75,10 +75,11 @@ class States:
         self._adopted = adopted
         self.units |= {unit.name: unit for unit in adopted.units}
 
-    def park(self, *, keep_changed: bool) -> int:
+    def park(self, *, keep_changed: bool, copied: bool = False) -> int:
         """Let every unit go, and the slots, the room of experts, the threads and the files with them.
 
         Args:
+            copied: to host memory, what was there to stay.
             keep_changed: leave parameters that are not as they were loaded in memory, instead of refusing.
 
         Returns:
@@ -103,7 +104,7 @@ class States:
                 "loaded under torch.inference_mode(), stay in memory. Drop the model and load it again instead."
             )
         kept = frozenset(piece.name for piece in pieces if piece.is_kept)
-        nbytes = self._kept.demote(kept)
+        nbytes = self._kept.demote(kept, copied=copied)
         self.parked = kept
         self.stream()
         return nbytes
@@ -115,7 +116,12 @@ class States:
             LoadstoneError: its files cannot be read, or are not those whose headers were read.
         """
         if self.parked is not None:
-            self._kept.promote(self.parked)
+            try:
+                self._kept.promote(self.parked)
+            except BaseException:
+                self._filler.rest()  # it stays parked, with all that this means
+                raise
+            self._kept.drop_copies()
             self.parked = None
             self.stream()
 
@@ -187,7 +193,7 @@ class States:
         away.sort(key=lambda unit: unit.order)
         self._ring.stream([unit.name for unit in away], max(self._num_slots, _deepest(away)))
         if self.parked is None and not self.is_whole:
-            if self._filler.can_rest:
+            if self._filler.on_host:  # what goes from a device leaves the host nothing more
                 self.watch.start()
             return
         self.watch.stop()
@@ -196,7 +202,7 @@ class States:
                 table.drop()
         if self.room is not None:
             self.room.rest()
-        self._filler.close()
+        self._filler.rest()
 
     def _as_woken(self, piece: spread.Piece) -> spread.Piece:
         return piece if self.parked is None else replace(piece, is_kept=piece.name in self.parked)

@@ -93,6 +93,10 @@ class FakeLink:
         self.num_locked_bytes += nbytes
         return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
+    def unlock(self, memory: NDArray[np.uint8]) -> None:
+        """It is ordinary again."""
+        self.num_locked_bytes -= memory.nbytes
+
     def fork(self) -> None:
         """What is enqueued from now on waits for what was given to `compute` until now."""
         self.computed()()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -20,12 +20,19 @@ class Combined:
         others: closed with this too.
     """
 
-    can_rest = False
-
     def __init__(self, fillers: Mapping[str, Filler], destination: Destination, *others: Filler) -> None:
+        self.on_host = destination.is_host
         self._fillers = dict(fillers)
         self._destination = destination
         self._others = others
+
+    def add(self, units: Iterable[str], filler: Filler) -> None:
+        """Have more units filled by a filler, which is one of those there are."""
+        self._fillers |= dict.fromkeys(units, filler)
+
+    def knows(self, unit: str) -> bool:
+        """Whether one of the fillers does."""
+        return unit in self._fillers
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot."""
@@ -52,7 +59,8 @@ class Combined:
         self._destination.release(slot)
 
     def forget(self, slot: torch.Tensor) -> None:
-        """Slots of a destination stay for as long as it does."""
+        """What was sent into it has arrived when this returns."""
+        self._destination.forget(slot)
 
     def check(self, unit: str) -> None:
         """Check that what a unit was filled from is still the same."""
@@ -66,6 +74,12 @@ class Combined:
     def readers(self) -> tuple[Reader, ...]:
         """Those of the fillers."""
         return tuple(dict.fromkeys(reader for filler in self._each() for reader in filler.readers()))
+
+    def rest(self) -> None:
+        """Have the fillers rest; what is at home stays there, locked."""
+        for filler in self._each():
+            filler.rest()
+        self._destination.rest()
 
     def close(self) -> None:
         """End the fillers, then the link."""

@@ -36,6 +36,11 @@ class Destination:
         """Whether what is sent arrives later than the call that sends it returns."""
         return not isinstance(self.link, NoLink)
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the host itself computes there."""
+        return self.device.type == "cpu" and not self.is_late
+
     def slot(self, nbytes: int) -> torch.Tensor:
         """A new slot; a normal tensor also where it is made in inference mode."""
         with torch.inference_mode(False):
@@ -78,6 +83,21 @@ class Destination:
             if (hold := self._users.get(slot.data_ptr())) is not None:
                 hold()  # an earlier use, maybe in another stream, that nothing was sent after
             self._users[slot.data_ptr()] = self.link.computed()
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """Nothing is sent into a slot any more: what was sent has arrived when this returns."""
+        with self._lock:
+            self._users.pop(slot.data_ptr(), None)
+            moved = self._sent.pop(slot.data_ptr(), None)
+        if moved is not None:
+            moved.wait()
+
+    def rest(self) -> None:
+        """Let the device have the memory back that torch keeps for later."""
+        if self.device.type != "cpu":
+            empty = getattr(torch.get_device_module(self.device), "empty_cache", None)
+            if empty is not None:
+                empty()
 
     def close(self) -> None:
         """Wait for the device, and give locked memory back."""

@@ -77,10 +77,13 @@ class Filler(Protocol):
     """Fills slots with units; close it.
 
     Attributes:
-        can_rest: it goes on when it is used again after it was closed, and brings back what it is asked for.
+        on_host: the slots are memory that the host computes with.
     """
 
-    can_rest: bool
+    on_host: bool
+
+    def knows(self, unit: str) -> bool:
+        """Whether it can fill memory with a unit."""
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot, and how large that must be."""
@@ -108,7 +111,7 @@ class Filler(Protocol):
         """What this thread was asked to compute until now must be over before the slot is filled anew."""
 
     def forget(self, slot: torch.Tensor) -> None:
-        """Nothing is sent into a slot any more."""
+        """Nothing is sent into a slot any more; what was sent has arrived when this returns."""
 
     def check(self, unit: str) -> None:
         """Check that what a unit was filled from is what it was when the model was loaded.
@@ -129,8 +132,11 @@ class Filler(Protocol):
     def readers(self) -> tuple[Reader, ...]:
         """What reads files for it; none where all of it comes from memory."""
 
+    def rest(self) -> None:
+        """End threads, close files, give back what is only needed on the way, until something is filled again."""
+
     def close(self) -> None:
-        """End threads, close files, give memory back."""
+        """The same for good."""
 
 
 def laid_out(targets: Mapping[str, Target]) -> Layout:

@@ -17,11 +17,15 @@ class FromFiles:
         refill: knows what is read for each unit, of which it may learn more; it is closed with this.
     """
 
-    can_rest = True
+    on_host = True
 
     def __init__(self, refill: Refill) -> None:
         self._refill = refill
         self._layouts: dict[str, Layout] = {}
+
+    def knows(self, unit: str) -> bool:
+        """Whether it was told what to read for a unit."""
+        return unit in self._refill.recipes
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot: in the order of its files."""
@@ -67,6 +71,10 @@ class FromFiles:
         """The one there is."""
         return (self._refill.reader,)
 
-    def close(self) -> None:
+    def rest(self) -> None:
         """End the threads and close the files, until something is read again."""
+        self._refill.close()
+
+    def close(self) -> None:
+        """The same."""
         self._refill.close()

@@ -66,13 +66,16 @@ class FromMemory:
         destination: where the slots are; closed by whoever made it.
     """
 
-    can_rest = False
-
     def __init__(self, homes: Mapping[str, Home], layouts: Mapping[str, Layout], destination: Destination) -> None:
+        self.on_host = destination.is_host
         self._homes = homes
         self._layouts = layouts
         self._destination = destination
         self._workers = Workers(_NUM_THREADS, "loadstone-copy")
+
+    def knows(self, unit: str) -> bool:
+        """Whether it has a home."""
+        return unit in self._homes
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot."""
@@ -106,7 +109,8 @@ class FromMemory:
         self._destination.release(slot)
 
     def forget(self, slot: torch.Tensor) -> None:
-        """Slots of a destination stay for as long as it does."""
+        """What was sent into it has arrived when this returns."""
+        self._destination.forget(slot)
 
     def check(self, unit: str) -> None:
         """Memory is nobody else's."""
@@ -118,8 +122,12 @@ class FromMemory:
         """No file is read."""
         return ()
 
+    def rest(self) -> None:
+        """End the threads; what is at home stays there."""
+        self._workers.close()
+
     def close(self) -> None:
-        """End the threads."""
+        """The same."""
         self._workers.close()
 
 

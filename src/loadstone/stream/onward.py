@@ -21,7 +21,7 @@ from loadstone.stream.transfer import Moved
 from loadstone.stream.workers import Job, Workers
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Buffer:
     """What one thread fills and sends on.
 
@@ -43,15 +43,24 @@ class Onward:
         destination: where the slots are; closed by whoever made it.
     """
 
-    can_rest = False
-
     def __init__(self, inner: Filler, layouts: Mapping[str, Layout], destination: Destination) -> None:
+        self.on_host = destination.is_host
         self._inner = inner
-        self._layouts = layouts
+        self._layouts = dict(layouts)
         self._destination = destination
-        self._nbytes = max((inner.layout(unit).nbytes for unit in layouts), default=0)
+        self._usual_bytes = max((inner.layout(unit).nbytes for unit in layouts), default=0)
+        self._largest_bytes = self._usual_bytes
         self._workers = Workers(NUM_BUFFERS, "loadstone-send")
         self._own = threading.local()
+        self._buffers: list[_Buffer] = []
+
+    def add(self, layouts: Mapping[str, Layout]) -> None:
+        """Know more units, which the inner filler knows already; buffers grow when they are too small for one."""
+        self._layouts |= layouts
+
+    def knows(self, unit: str) -> bool:
+        """Whether it was told how a unit lies in a slot."""
+        return unit in self._layouts
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot."""
@@ -80,7 +89,8 @@ class Onward:
         self._destination.release(slot)
 
     def forget(self, slot: torch.Tensor) -> None:
-        """Slots of a destination stay for as long as it does."""
+        """What was sent into it has arrived when this returns."""
+        self._destination.forget(slot)
 
     def check(self, unit: str) -> None:
         """Check what the inner filler checks."""
@@ -94,14 +104,24 @@ class Onward:
         """Those of the inner filler."""
         return self._inner.readers()
 
+    def rest(self) -> None:
+        """End the threads, and let their buffers go when the device has taken what is in them."""
+        self._inner.rest()
+        self._workers.close()
+        for buffer in self._buffers:
+            self._let_go(buffer)
+        self._buffers.clear()
+        self._largest_bytes = self._usual_bytes
+
     def close(self) -> None:
-        """End the threads and the inner filler."""
+        """End the threads and the inner filler; the buffers are the link's, which is closed after this."""
         self._inner.close()
         self._workers.close()
+        self._buffers.clear()
 
     def _pass_on(self, job: Job, unit: str, slot: torch.Tensor, priority: int) -> None:
         """One unit, by the thread whose buffer it goes through."""
-        buffer = self._buffer()
+        buffer = self._buffer(self._inner.layout(unit).nbytes)
         if buffer.taken is not None:
             buffer.taken.wait()
         filling = self._inner.fill(unit, buffer.memory, priority=priority)
@@ -117,10 +137,21 @@ class Onward:
         late = self._destination.is_late
         buffer.taken = self._destination.send(slot, lambda: move(home, layout, slot, late=late))
 
-    def _buffer(self) -> _Buffer:
-        """This thread's own."""
-        if not hasattr(self._own, "buffer"):
-            memory = torch.from_numpy(self._destination.link.locked(self._nbytes))
-            self._own.buffer = _Buffer(memory=memory)
-        buffer: _Buffer = self._own.buffer
+    def _buffer(self, nbytes: int) -> _Buffer:
+        """This thread's own, for so many bytes at least."""
+        buffer: _Buffer | None = getattr(self._own, "buffer", None)
+        if buffer is not None and buffer.memory.numel() < nbytes:
+            self._buffers.remove(buffer)
+            self._let_go(buffer)
+            buffer = None
+        if buffer is None:
+            self._largest_bytes = max(self._largest_bytes, nbytes)
+            buffer = _Buffer(memory=torch.from_numpy(self._destination.link.locked(self._largest_bytes)))
+            self._own.buffer = buffer
+            self._buffers.append(buffer)
         return buffer
+
+    def _let_go(self, buffer: _Buffer) -> None:
+        if buffer.taken is not None:
+            buffer.taken.wait()
+        self._destination.link.unlock(buffer.memory.numpy())

@@ -100,55 +100,72 @@ class FileSource:
         self._observer = observer
         self._refill: Refill | None = None
         self._files: FromFiles | None = None
+        self._chained: tuple[Combined, Onward] | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether all of it is read from files to where the host computes, as it must be there."""
+        way = self._way
+        return way.destination.is_host and not any(
+            way.rounding(fqn) or way.keep(fqn) is not Keep.DISK for fqn in self._wanted
+        )
 
     def add(self, wanted: Mapping[str, Wanted]) -> None:
-        """Know more parameters, which are read as they must be in memory of the host."""
+        """Know more parameters, which are read from their files whenever they are wanted."""
         self._wanted |= wanted
 
     def more(self, groups: Groups) -> Filler:
-        """What fills memory with further units: what was made before, where that reads them from files to the host.
+        """What fills memory with further units: what was made before.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: nothing was.
         """
         if self._files is None or self._refill is None:
-            raise RuntimeError("units can be added only to what reads files into memory of the host")
-        self._refill.add({name: [self._wanted[fqn] for fqn in fqns] for name, fqns in groups.items()})
-        return self._files
+            raise RuntimeError("units can be added only to what fills memory already")
+        self._refill.add(self._read(groups))
+        if self._chained is None:
+            return self._files
+        combined, onward = self._chained
+        onward.add({name: self._arriving(self._files.layout(name)) for name in groups})
+        combined.add(groups, onward)
+        return combined
 
     def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """The shortest chain that ends in the destination."""
-        way, rounds = self._way, any(map(self._way.rounding, self._wanted))
-        nearby = way.destination.device.type == "cpu" and not way.destination.is_late
-        stored = {fqn: self._on_the_way(wanted, stays=nearby and not rounds) for fqn, wanted in self._wanted.items()}
-        direct = nearby and not rounds and all(way.keep(fqn) is Keep.DISK for fqn in self._wanted)
-        known = {**groups, **tables} if direct else groups
-        self._refill = Refill(
-            {name: [stored[fqn] for fqn in fqns] for name, fqns in known.items()}, self._checkpoint, self._observer
-        )
-        files = FromFiles(self._refill)
-        if direct:
-            self._files = files
-            return files
-        return self._chain(files, groups)
+        direct = self.is_direct
+        self._refill = Refill(self._read({**groups, **tables}), self._checkpoint, self._observer)
+        self._files = FromFiles(self._refill)
+        return self._files if direct else self._chain(self._files, groups, tables)
 
-    def _chain(self, files: FromFiles, groups: Groups) -> Combined:
+    def _read(self, groups: Groups) -> dict[str, list[Wanted]]:
+        """What is read of each unit, in the dtypes in which it travels."""
+        stays = self._way.destination.is_host and not any(map(self._way.rounding, self._wanted))
+        return {
+            name: [self._on_the_way(self._wanted[fqn], stays=stays) for fqn in fqns] for name, fqns in groups.items()
+        }
+
+    def _chain(self, files: FromFiles, groups: Groups, tables: Groups) -> Combined:
         way = self._way
-        targets = {fqn: wanted.target for fqn, wanted in self._wanted.items()}
-        orders = {name: [place.fqn for place in files.layout(name).places] for name in groups}
-        rounded = {name: _rounded(files.layout(name), way.rounding) for name in groups}
-        slots = {name: _arriving(rounded[name], [targets[fqn] for fqn in orders[name]]) for name in groups}
+        rounded = {name: _rounded(files.layout(name), way.rounding) for name in (*groups, *tables)}
+        slots = {name: self._arriving(layout) for name, layout in rounded.items()}
         inner: Filler = files
-        if any(rounded[name] is not files.layout(name) for name in groups):
+        if any(rounded[name] is not files.layout(name) for name in rounded):
             inner = Onward(files, rounded, Destination(torch.device("cpu"), NoLink()))
-        kept = {name: keep for name in groups if (keep := way.keep(orders[name][0])) is not Keep.DISK}
+        kept = {name: keep for name in groups if (keep := way.keep(slots[name].places[0].fqn)) is not Keep.DISK}
         read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
         homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
         way.destination.link.fork()  # homes on the device are made before anything is sent from there
         onward = Onward(inner, {name: slots[name] for name in groups if name not in homes}, way.destination)
         memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
-        fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in groups}
-        return Combined(fillers, way.destination, onward)
+        onward.add({name: slots[name] for name in tables})
+        fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in slots}
+        combined = Combined(fillers, way.destination, onward)
+        self._chained = combined, onward
+        return combined
+
+    def _arriving(self, layout: Layout) -> Layout:
+        """How a unit lies in its slot, where it lies so on the way."""
+        return _arriving(layout, [self._wanted[place.fqn].target for place in layout.places])
 
     @property
     def refill(self) -> Refill | None:

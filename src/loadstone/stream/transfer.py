@@ -45,6 +45,9 @@ class Link(Protocol):
     def locked(self, nbytes: int) -> Bytes:
         """Page-aligned host memory that the device can fetch from by itself; it is the link's until `close`."""
 
+    def unlock(self, memory: Bytes) -> None:
+        """Memory that `locked` gave is ordinary again; the device has fetched from it for the last time."""
+
     def fork(self) -> None:
         """What is enqueued from now on waits for what the device was asked to compute until now."""
 
@@ -89,6 +92,9 @@ class NoLink:
     def locked(self, nbytes: int) -> Bytes:
         """Ordinary memory."""
         return anonymous(nbytes)
+
+    def unlock(self, memory: Bytes) -> None:
+        """It was ordinary all the time."""
 
     def fork(self) -> None:
         """Nothing is left to wait for."""
@@ -143,7 +149,7 @@ class CudaLink:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._memory: list[Bytes] = []
+        self._memory: dict[int, Bytes] = {}
 
     def locked(self, nbytes: int) -> Bytes:
         """Memory that is registered with the driver; where that is refused, ordinary memory, which is slower."""
@@ -153,8 +159,13 @@ class CudaLink:
         if refused:
             _logger.warning("page-locked memory was refused (CUDA error %d); raise `ulimit -l`", refused)
         else:
-            self._memory.append(memory)
+            self._memory[memory.ctypes.data] = memory
         return memory
+
+    def unlock(self, memory: Bytes) -> None:
+        """Unregister it."""
+        if self._memory.pop(memory.ctypes.data, None) is not None:
+            _driver().cudaHostUnregister(memory.ctypes.data)
 
     def fork(self) -> None:
         """The side stream waits for the current one."""
@@ -186,8 +197,8 @@ class CudaLink:
     def close(self) -> None:
         """Wait for both streams, then unregister."""
         torch.cuda.synchronize(self._device)
-        for memory in self._memory:
-            _driver().cudaHostUnregister(memory.ctypes.data)
+        for address in self._memory:
+            _driver().cudaHostUnregister(address)
         self._memory.clear()
 
 

@@ -68,7 +68,7 @@ class Job:
 
 
 class Workers:
-    """The threads; they begin with the first job, and end at `close`.
+    """The threads; they begin with the first job, end at `close`, and begin anew with the next one.
 
     Args:
         count: how many.
@@ -88,6 +88,7 @@ class Workers:
     def begin(self, job: Job, *, priority: int = 0) -> Job:
         """Have a job done, and give it back; lower numbers come first, and of equal ones the earlier."""
         with self._lock:
+            self._closed = False
             heapq.heappush(self._queue, (priority, next(self._serial), job))
             if len(self._threads) < self._count:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -102,10 +103,11 @@ class Workers:
             self._closed = True
             waiting = [job for *_, job in self._queue]
             self._queue.clear()
+            threads, self._threads = self._threads, []
             self._changed.notify_all()
         for job in waiting:
             job.cancel()
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
 
     def _run(self) -> None:
