@@ -98,3 +98,18 @@ def test_an_encoder_sees_the_prompt_and_its_decoder_and_heads_the_newest_tokens(
         "decoder.block.0": Seen.NEWEST,
         "lm_head": Seen.NEWEST,
     }
+
+
+def test_a_block_whose_experts_are_in_one_tensor_multiplies_with_those_that_were_chosen() -> None:
+    shapes = {
+        "model.layers.0.block_sparse_moe.input_linear.weight": (8, 32, 16),
+        "model.layers.0.block_sparse_moe.router.layer.weight": (8, 16),
+    }
+    config = {"model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 16}
+    found = checkpoint(shapes, config)
+    (block,) = inventory(found, facts_of(config), "bfloat16").units
+    assert (block.expert_parameters, block.expert_share) == (8 * 32 * 16, 1 / 4)
+    one = work(block, PLAIN, 1)
+    assert one.memory_s == pytest.approx((8 * 32 * 16 * 2 / 4 + 8 * 16 * 2) / 1e9, rel=1e-3)
+    assert one.arithmetic_s == pytest.approx(2 * (8 * 32 * 16 / 4 + 8 * 16) / 1e12, rel=1e-3)
+    assert work(block, PLAIN, 1000).memory_s == pytest.approx(block.memory_bytes / 1e9)

@@ -141,6 +141,10 @@ class Unit:
         """What it takes where it is kept."""
         return sum(member.nbytes for member in self.members)
 
+    def there(self) -> list[nn.Parameter]:
+        """Its parameters as they stand in their modules."""
+        return [owner[name] for owner, name in (member.owners[0] for member in self.members)]
+
     def changed(self) -> str:
         """The first of its parameters that is not what was put there; "" for none."""
         for member, home in zip(self.members, self.homes, strict=False):
@@ -219,10 +223,14 @@ class Kept:
             The bytes that they took.
         """
         nbytes = 0
-        for unit in map(self._units.__getitem__, names):
-            there = [owner[name] for owner, name in (member.owners[0] for member in unit.members)]
+        units = [self._units[name] for name in names]
+        if copied:  # of all, before the first is gone: host memory may be too small
+            copies = [[parameter.detach().to("cpu", copy=True) for parameter in unit.there()] for unit in units]
+            for unit, of_unit in zip(units, copies, strict=True):
+                unit.copies = of_unit
+        for unit in units:
+            there = unit.there()
             unit.attributes = tuple(dict(vars(parameter)) for parameter in there)
-            unit.copies = [parameter.detach().to("cpu", copy=True) for parameter in there] if copied else None
             for member, parameter in zip(unit.members, there, strict=True):
                 member.placeholder.requires_grad_(parameter.requires_grad)
                 if unit.maps is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from loadstone.dtypes import DTYPES
@@ -168,6 +168,13 @@ def work(unit: Unit, rate: ComputeRate, tokens: int) -> Work:
     """Computing with a unit where its weights are at hand, with the tokens that it is given."""
     if not tokens:
         return Work()
+    if unit.expert_parameters:
+        dense, experts = (work(part, rate, tokens) for part in _divided(unit))
+        return Work(
+            memory_s=dense.memory_s + experts.memory_s,
+            arithmetic_s=dense.arithmetic_s + experts.arithmetic_s,
+            steps_s=dense.steps_s,
+        )
     touched = touched_share(unit.kind, unit.use_share, tokens)
     steps_s = touched * len(unit.tensors) * (rate.step_s or 0.0)
     memory_s = unit.memory_bytes * touched / rate.weight_bytes_per_s
@@ -177,6 +184,25 @@ def work(unit: Unit, rate: ComputeRate, tokens: int) -> Work:
     together = tokens * unit.use_share / touched  # of an expert: the tokens that chose it
     flops_per_s = _flops_per_s(rate, together, unit.memory_bytes / unit.num_parameters)
     return Work(memory_s=memory_s, arithmetic_s=flops / flops_per_s, steps_s=steps_s)
+
+
+def _divided(unit: Unit) -> tuple[Unit, Unit]:
+    """A block without its experts, and these."""
+    expert_bytes = unit.memory_bytes * unit.expert_parameters // unit.num_parameters
+    dense = replace(
+        unit,
+        num_parameters=unit.num_parameters - unit.expert_parameters,
+        memory_bytes=unit.memory_bytes - expert_bytes,
+        expert_parameters=0,
+    )
+    experts = replace(
+        dense,
+        kind=UnitKind.EXPERT,
+        num_parameters=unit.expert_parameters,
+        memory_bytes=expert_bytes,
+        use_share=unit.expert_share,
+    )
+    return dense, experts
 
 
 def _flops_per_s(rate: ComputeRate, tokens: float, width_bytes: float) -> float:

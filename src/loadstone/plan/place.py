@@ -137,7 +137,14 @@ class _Choice:
 
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
-    sizes = (unit.memory_bytes, unit.slot_bytes, unit.stored_bytes, unit.num_parameters, len(unit.tensors))
+    sizes = (
+        unit.memory_bytes,
+        unit.slot_bytes,
+        unit.stored_bytes,
+        unit.num_parameters,
+        unit.expert_parameters,
+        len(unit.tensors),
+    )
     return (unit.kind, unit.seen, unit.use_share, *sizes)
 
 

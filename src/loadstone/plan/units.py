@@ -43,6 +43,8 @@ class Inventory:
         tensors: the checkpoint's, by name.
         module_names: what each is called in the module.
         dtype: the model's main dtype.
+        num_experts: that the routers choose from; 0 where there are none.
+        expert_share: the part of them that one token touches.
         rearranged: tensors whose elements stand in another order in the module, by name in the checkpoint.
         forms: what is known of tensors by dtype, encoding and shape.
     """
@@ -51,6 +53,8 @@ class Inventory:
     tensors: Mapping[str, TensorInfo]
     module_names: Mapping[str, str]
     dtype: str
+    num_experts: int = 0
+    expert_share: float = 1.0
     rearranged: frozenset[str] = frozenset()
     forms: dict[_Form, tuple[str, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -77,7 +81,7 @@ class Inventory:
 
     def unit(self, name: str, kind: UnitKind, order: int, tensors: Iterable[str], use_share: float = 1.0) -> Unit:
         """Add up tensors."""
-        stored = memory = mappable = largest = numel = rearranged = 0
+        stored = memory = mappable = largest = numel = rearranged = experts = 0
         names = tuple(tensors)
         # An expert's own tensor becomes a slice of the fused one that the class computes with: it cannot be mapped.
         is_slice = kind is UnitKind.EXPERT and name[-1].isdecimal()
@@ -85,6 +89,8 @@ class Inventory:
             info = self.tensors[tensor]
             dtype, count, nbytes = self._loaded(info)
             numel += count
+            if kind is UnitKind.BLOCK and self._holds_experts(info):
+                experts += count
             stored += info.nbytes
             memory += nbytes
             largest = max(largest, nbytes)
@@ -104,7 +110,13 @@ class Inventory:
             largest_bytes=largest,
             use_share=use_share,
             rearranged_bytes=rearranged,
+            expert_parameters=experts,
+            expert_share=self.expert_share if experts else 1.0,
         )
+
+    def _holds_experts(self, info: TensorInfo) -> bool:
+        """Whether one tensor holds all experts of its layer: GraniteMoE's `block_sparse_moe.input_linear`."""
+        return self.num_experts > 1 and len(info.shape) == 3 and info.shape[0] == self.num_experts
 
     def _loaded(self, info: TensorInfo) -> tuple[str, int, int]:
         """What it is kept in, its elements, and their bytes: worked out once for tensors of one form."""
@@ -133,7 +145,13 @@ def inventory(checkpoint: Checkpoint, facts: Facts, dtype: str) -> Inventory:
     """
     module_names, rearranged = _module_names(checkpoint)
     bare = Inventory(
-        units=(), tensors=checkpoint.tensors, module_names=module_names, dtype=dtype, rearranged=rearranged
+        units=(),
+        tensors=checkpoint.tensors,
+        module_names=module_names,
+        dtype=dtype,
+        num_experts=facts.num_experts,
+        expert_share=facts.expert_share(None),
+        rearranged=rearranged,
     )
     units: list[Unit] = []
     for block, names in _blocks(bare):

@@ -53,6 +53,8 @@ class Unit:
         use_share: the part of the unit that one token touches: 1 for a block, a row's share for an embedding, the
             chosen share for experts.
         seen: the tokens that it is given.
+        expert_parameters: of a block: those of its elements that are in tensors which hold all of its experts.
+        expert_share: the part of those that one token touches.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Unit:
     use_share: float = 1.0
     rearranged_bytes: int = 0
     seen: Seen = Seen.ALL
+    expert_parameters: int = 0
+    expert_share: float = 1.0
 
     def num_tokens(self, tokens: tuple[int, int], index: int) -> int:
         """The tokens that it is given in one kind of pass.
