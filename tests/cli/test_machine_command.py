@@ -83,13 +83,13 @@ def test_this_machine_is_saved_under_the_name_of_the_file(run: Run, tmp_path: Pa
 
 
 def test_what_is_measured_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rate = ComputeRate(weight_bytes_per_s=1.5e10, flops_per_s=9.9e10)
+    rate = ComputeRate(weight_bytes_per_s=1.5e10, flops_per_s=9.9e10, step_s=0.0021)
     monkeypatch.setattr(
         measure,
         "measure_machine",
         lambda machine, *_: with_measures(machine, {"cpu": MeasuredDevice(compute={"float32": rate})}),
     )
-    assert "cpu       float32           15.0 GB/s  99.0 GFLOPS" in run("--measure")[1]
+    assert "cpu       float32           15.0 GB/s  99.0 GFLOPS            2 ms" in run("--measure")[1]
 
 
 @pytest.mark.parametrize(

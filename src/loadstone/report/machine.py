@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from loadstone.hardware.spec import Disk, Limit, Machine, Rates
-from loadstone.units import format_bytes, format_flops, format_rate
+from loadstone.units import format_bytes, format_flops, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,6 +102,7 @@ def _products(machine: Machine) -> Table:
     table.add_column("dtype", no_wrap=True)
     table.add_column("weights, one token", justify="right", no_wrap=True)
     table.add_column("many tokens", justify="right", no_wrap=True)
+    table.add_column("steps a tensor", justify="right", no_wrap=True)
     for compute, alike in groupby(machine.devices, key=lambda device: device.compute):
         ids = [device.id for device in alike]
         label = ids[0] if len(ids) == 1 else f"{ids[0]} … {ids[-1].rpartition(':')[2]}"
@@ -111,6 +112,7 @@ def _products(machine: Machine) -> Table:
                 dtype,
                 format_rate(rate.weight_bytes_per_s),
                 format_flops(rate.flops_per_s),
+                "" if rate.step_s is None else format_seconds(rate.step_s),
             )
     return table
 
