@@ -166,6 +166,21 @@ def test_staging_shares_the_place_of_what_a_pass_needs() -> None:
     assert loading.workspace_bytes(60_000_000, 3_000_000) == 3_000_000 + 1_000_005 + 120_000
 
 
+def test_an_allocator_cannot_use_blocks_again_that_a_cache_has_moved_into() -> None:
+    config = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    }
+    pressure = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=32)
+    assert heap_bytes(facts_of(config), pressure) == int(0.75 * 24 * 512 * 4864 * 4) + FIRST_PASS_BYTES
+
+
 def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
     model: Any = builders.tiny_model("llama", "causal")
     short = Pressure(run=Run(context=64, prompt_tokens=32), dtype_bits=32)

@@ -25,6 +25,9 @@ _FLOAT32_BYTES = 4
 # most: 0.3 to 1.7, for one model too, from run to run (benchmarks/bench_plan.py). Blocks above 32 MB go back at once.
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
 HEAP_SHARE = 1.7
+# And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
+# the layer before has freed, which is then too small for the next one. Found where it was most: 24 layers, 10 MB.
+PINNED_SHARE = 0.75
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
 FIRST_PASS_BYTES = 6_000_000
@@ -120,7 +123,10 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     found, blocks = terms(facts, pressure), _blocks(facts, pressure)
     small = {name: nbytes if blocks[name] <= _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
     cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes <= 2 * _HEAP_BLOCK_BYTES)
-    return int(HEAP_SHARE * (activation_bytes(small) + logits_bytes(small) + cache)) + FIRST_PASS_BYTES
+    kept = HEAP_SHARE * (activation_bytes(small) + logits_bytes(small) + cache)
+    of_layer = (blocks["attention"], blocks["feed_forward"])
+    largest = max((nbytes for nbytes in of_layer if nbytes <= _HEAP_BLOCK_BYTES), default=0)
+    return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + FIRST_PASS_BYTES
 
 
 def _blocks(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
