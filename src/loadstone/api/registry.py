@@ -166,13 +166,12 @@ class Loaded:
         """
         if to not in _PARKING_PLACES:
             raise ValueError(f'park: expected to="disk" or to="ram", found {to!r}.')
-        residency = self._residency("park")
-        if to == "ram" and self.report.device.value == HOST:
+        residency, copied = self._residency("park"), to == "ram"
+        if copied and self.report.device.value == HOST:
             raise ValueError(
                 'park: expected a model on an accelerator for to="ram", found one that is in RAM already; park() lets '
                 "it leave, and its files give it back."
             )
-        copied = to == "ram"
         return residency.change(lambda states: states.park(keep_changed=keep_changed, copied=copied))
 
     def wake(self) -> None:

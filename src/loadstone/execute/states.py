@@ -79,8 +79,8 @@ class States:
         """Let every unit go, and the slots, the room of experts, the threads and the files with them.
 
         Args:
-            copied: to host memory, what was there to stay.
             keep_changed: leave parameters that are not as they were loaded in memory, instead of refusing.
+            copied: to host memory, what was there to stay.
 
         Returns:
             The bytes of the parameters that went.

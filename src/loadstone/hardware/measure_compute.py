@@ -10,14 +10,13 @@ import torch
 from torch.nn.functional import linear
 
 from loadstone.hardware.measure_layer import activation_bytes_per_s, attention_flops_per_s, step_s
-from loadstone.hardware.spec import ComputeRate, Device, TokensRate
+from loadstone.hardware.spec import MANY_TOKENS, ComputeRate, Device, TokensRate
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _OUT, _IN = 2048, 8192  # a projection of a model of 7 B parameters or so
 _HOST_WEIGHT_BYTES = 256 << 20  # more than the caches hold
 _DEVICE_WEIGHT_BYTES = 1 << 30  # the largest last-level cache of a GPU has 256 MB
 _FEW_TOKENS = (2, 4, 16, 64)
-_MANY_TOKENS = 512
 _REPEATS = 3
 _LINK_BYTES = 64 << 20
 _AT_MOST_S = 0.35  # for one figure
@@ -53,8 +52,8 @@ def _rate(matrices: torch.Tensor) -> ComputeRate:
     dtype, device = matrices.dtype, matrices.device
     with torch.inference_mode():
         weight_bytes_per_s = matrices.nbytes / _median_s(_products(matrices, 1, len(matrices)), device)
-        num_tokens = _MANY_TOKENS
-        if 16 * _timed(_products(matrices, _MANY_TOKENS // 16, 1), device) > _AT_MOST_S:
+        num_tokens = MANY_TOKENS
+        if 16 * _timed(_products(matrices, MANY_TOKENS // 16, 1), device) > _AT_MOST_S:
             num_tokens //= 4  # a slow device
         flops_per_s = _flops_per_s(matrices, num_tokens)
         return ComputeRate(
@@ -66,7 +65,7 @@ def _rate(matrices: torch.Tensor) -> ComputeRate:
                 if few < num_tokens
             ),
             query_flops_per_s=attention_flops_per_s(dtype, device, 1, _median_s),
-            attention_flops_per_s=attention_flops_per_s(dtype, device, _MANY_TOKENS, _median_s),
+            attention_flops_per_s=attention_flops_per_s(dtype, device, MANY_TOKENS, _median_s),
             activation_bytes_per_s=activation_bytes_per_s(dtype, device, _median_s),
             step_s=step_s(dtype, device, weight_bytes_per_s, _median_s),
         )

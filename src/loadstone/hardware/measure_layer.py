@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from loadstone.hardware.spec import MANY_TOKENS
+
 # Seconds of something that a device does, as `measure_compute` takes them.
 Timer = Callable[[Callable[[], object], torch.device], float]
 
 _WIDTH, _INNER, _NUM_LAYERS = 512, 1408, 8
 _HEADS, _HEAD_DIM = 8, 64
-_MANY_TOKENS = 512
 
 
 class _Norm(nn.Module):
@@ -100,9 +101,9 @@ def attention_flops_per_s(dtype: torch.dtype, device: torch.device, num_queries:
         num_queries: of the sequence.
         timer: of what is to be timed.
     """
-    kept = torch.ones((1, _HEADS, _MANY_TOKENS, _HEAD_DIM), dtype=dtype, device=device)
+    kept = torch.ones((1, _HEADS, MANY_TOKENS, _HEAD_DIM), dtype=dtype, device=device)
     asked = kept[:, :, :num_queries]
-    pairs = num_queries * _MANY_TOKENS / (1 if num_queries == 1 else 2)  # what lies ahead is left out
+    pairs = num_queries * MANY_TOKENS / (1 if num_queries == 1 else 2)  # what lies ahead is left out
     repeats = max(1, 16 // num_queries)
 
     def attend() -> None:
@@ -120,5 +121,5 @@ def activation_bytes_per_s(dtype: torch.dtype, device: torch.device, timer: Time
         device: that computes.
         timer: of what is to be timed.
     """
-    gate = torch.ones((_MANY_TOKENS, 4096), dtype=dtype, device=device)
+    gate = torch.ones((MANY_TOKENS, 4096), dtype=dtype, device=device)
     return 2 * gate.nbytes / timer(lambda: silu(gate) * gate, device)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# The number of tokens that stands for many where rates are measured, and where they are used.
+MANY_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokensRate:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from loadstone.plan.cost import Beside
 from loadstone.plan.facts import Facts
+from loadstone.plan.layer_caches import LayerCache
 from loadstone.plan.reserve import Pressure, cache_bytes, has_mask, terms
 from loadstone.plan.values import Seen, Unit, UnitKind
 
@@ -30,20 +31,28 @@ def beside_by_order(facts: Facts, pressure: Pressure, units: Iterable[Unit]) -> 
     """
     units = tuple(units)
     found: dict[int, Passes] = {}
-    whole = _whole_input(facts, pressure)
+    newest, prompt = (_handed_on(facts, one) for one in (_of_one_token(pressure), pressure))
+    whole = replace(_whole_input(facts, pressure), activation_bytes=prompt)
     for unit in units:
         if unit.kind is UnitKind.BLOCK and (unit.seen is Seen.PROMPT or not facts.layers):
             # What keeps no cache has one kind of pass only; an encoder runs once.
             found[unit.order] = (Beside(), whole) if unit.seen is Seen.PROMPT else (whole, whole)
-    caches = cache_bytes(facts, pressure)
-    for layer, order in enumerate(layer_orders(units, len(facts.layers))) if facts.layers else ():
-        before = found.get(order, (Beside(), Beside()))
-        own = _of_layer(facts, pressure, layer, caches[layer])
-        if layer == 0:
-            around = Beside(num_steps=_GENERATION_STEPS)
-            before = (before[0] + around, before[1] + around)
-        found[order] = (before[0] + own[0], before[1] + own[1])
+    if not facts.layers:
+        return found
+    orders = layer_orders(units, len(facts.layers))
+    around = Beside(num_steps=_GENERATION_STEPS)
+    found[orders[0]] = _together(found.get(orders[0]), (around, around))
+    for order, layer, kept_bytes in zip(orders, facts.layers, cache_bytes(facts, pressure), strict=True):
+        own = _of_layer(facts, pressure, layer, kept_bytes)
+        # A decoder beside an encoder begins anew, with one token.
+        handed_on = (newest, newest if facts.cross_numel else prompt)
+        own = (replace(own[0], activation_bytes=handed_on[0]), replace(own[1], activation_bytes=handed_on[1]))
+        found[order] = _together(found.get(order), own)
     return found
+
+
+def _together(one: Passes | None, other: Passes) -> Passes:
+    return other if one is None else (one[0] + other[0], one[1] + other[1])
 
 
 def layer_orders(units: Iterable[Unit], num_layers: int) -> list[int]:
@@ -78,27 +87,27 @@ def cache_by_order(units: Iterable[Unit], by_layer: Sequence[int]) -> dict[int, 
 
 
 def _whole_input(facts: Facts, pressure: Pressure) -> Beside:
-    """A layer that sees all of the input at once, back and forth."""
-    tokens = pressure.run.prompt_tokens
-    return Beside(
-        attention_flops=_pair_flops(facts) * pressure.run.batch * tokens * tokens,
-        activation_bytes=_handed_on(facts, pressure),
-    )
+    """The attention of a layer that sees all of the input at once, back and forth."""
+    return Beside(attention_flops=_pair_flops(facts) * pressure.run.batch * pressure.run.prompt_tokens**2)
 
 
-def _of_layer(facts: Facts, pressure: Pressure, layer: int, kept_bytes: int) -> Passes:
-    """A decoder's layer: the newest tokens against all that is kept, and the prompt against itself."""
-    run, cache = pressure.run, facts.layers[layer]
-    pair = _pair_flops(facts) * run.batch if cache.token_numel else 0.0
-    reach = min(run.context, cache.window or run.context)
-    one = Pressure(run=replace(run, prompt_tokens=1), dtype_bits=pressure.dtype_bits)
-    newest = Beside(cache_bytes=kept_bytes, query_flops=pair * reach, activation_bytes=_handed_on(facts, one))
-    if facts.cross_numel:  # the decoder begins anew, with one token, and looks at the encoder's
-        crossed = replace(newest, query_flops=pair * run.prompt_tokens)
-        return replace(newest, query_flops=pair * (reach + run.prompt_tokens)), crossed
+def _of_layer(facts: Facts, pressure: Pressure, layer: LayerCache, kept_bytes: int) -> Passes:
+    """The attention of a decoder's layer: the newest tokens with all that is kept, and the prompt with itself."""
+    run = pressure.run
+    pair = _pair_flops(facts) * run.batch if layer.token_numel else 0.0
+    reach = min(run.context, layer.window or run.context)
+    if facts.cross_numel:  # and with all of the encoder's
+        return (
+            Beside(cache_bytes=kept_bytes, query_flops=pair * (reach + run.prompt_tokens)),
+            Beside(cache_bytes=kept_bytes, query_flops=pair * run.prompt_tokens),
+        )
     # A mask has every pair of tokens computed; without one, kernels leave out those that lie ahead.
     pairs = run.prompt_tokens**2 if has_mask(facts, pressure) else run.prompt_tokens**2 / 2
-    return newest, Beside(attention_flops=pair * pairs, activation_bytes=_handed_on(facts, pressure))
+    return Beside(cache_bytes=kept_bytes, query_flops=pair * reach), Beside(attention_flops=pair * pairs)
+
+
+def _of_one_token(pressure: Pressure) -> Pressure:
+    return replace(pressure, run=replace(pressure.run, prompt_tokens=1))
 
 
 def _pair_flops(facts: Facts) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from loadstone.dtypes import DTYPES
-from loadstone.hardware.spec import ComputeRate, Device, Machine
+from loadstone.hardware.spec import MANY_TOKENS, ComputeRate, Device, Machine
 from loadstone.plan.values import HOST, Unit, UnitKind
 
 # Rates where none was measured, per kind of device, for 16-bit weights: of a desktop processor with two channels of
@@ -30,8 +30,6 @@ TYPICAL_TOUCH_BYTES_PER_S = 2e9
 TYPICAL_COPY_BYTES_PER_S = 8e9
 # What asking for one piece costs before its first byte comes: a read of its own, a launch.
 PIECE_S = {"disk": 1e-4, "link": 2e-5}
-# The number of tokens that stands for many where rates are measured.
-MANY_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,13 +24,6 @@ _MOST_TRIED_UNITS = 700
 # Units of which a token needs only a part.
 _SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
 
-
-def _orders(units: Iterable[Unit]) -> set[int]:
-    """The places in execution of blocks; experts have none of their own."""
-    expert = UnitKind.EXPERT
-    return {unit.order for unit in units if unit.kind is not expert}
-
-
 # What stays together on the walk, with its bytes.
 _Step = tuple[int, list[Unit]]
 
@@ -367,3 +360,9 @@ def _cut(steps: Sequence[_Step], devices: Sequence[Device], cuts: Sequence[int])
         for device, (begin, end) in zip(devices, pairwise(bounds), strict=True)
     ]
     return [(device, units) for device, units in shares if units]
+
+
+def _orders(units: Iterable[Unit]) -> set[int]:
+    """The places in execution of blocks; experts have none of their own."""
+    expert = UnitKind.EXPERT
+    return {unit.order for unit in units if unit.kind is not expert}

@@ -77,4 +77,4 @@ class FromFiles:
 
     def close(self) -> None:
         """The same."""
-        self._refill.close()
+        self.rest()

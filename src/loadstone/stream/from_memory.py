@@ -128,7 +128,7 @@ class FromMemory:
 
     def close(self) -> None:
         """The same."""
-        self._workers.close()
+        self.rest()
 
 
 class Sent:
