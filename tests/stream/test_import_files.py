@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,29 @@ def test_what_was_imported_is_learnt_once(tmp_path: Path) -> None:
     file.write_text("kept")
     import_files.learn(tmp_path)
     assert file.read_text() == "kept"
+
+
+def test_the_sources_that_transformers_reads_are_learnt_before_its_modules(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+read = []
+sys.addaudithook(lambda event, of: read.append(of[0]) if event == "open" and str(of[0]).endswith(".py") else None)
+import transformers
+import transformers.models
+from loadstone.stream import import_files
+import_files.learn(Path(sys.argv[1]))
+models = str(Path(transformers.__file__).parent / "models")
+print("\\n".join({path for path in read if path.startswith(models)}))
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    read = set(done.stdout.splitlines())
+    learnt = import_files._list_file(tmp_path).read_text().splitlines()
+    assert len(read) > 1000
+    assert {path for path in learnt if path.endswith(".py")} == read
+    places = {path: place for place, path in enumerate(learnt)}
+    first_module = min(places[path] for path in learnt if "/transformers/" in path and path.endswith(".pyc"))
+    assert max(places[path] for path in read) < first_module
 
 
 def test_nothing_is_read_where_torch_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Read ahead the files that the imports of torch and transformers will open, while the first of them is still running.
 
-On a cold start those imports read some 2,400 small files one after the other, and the disk waits for the interpreter
+On a cold start those imports read some 4,500 small files one after the other, and the disk waits for the interpreter
 in between. Which files they are is learnt once, after a load, and kept in the cache folder; a list that has gone stale
 costs nothing but a little reading ahead in vain. Nothing is imported from here.
 """
@@ -24,6 +24,8 @@ _STEP_BYTES = 8 << 20
 # A cold page cache lacks nearly all files, a warm one nearly none: a few tell them apart.
 _NUM_PROBES = 8
 _PACKAGES = ("torch", "transformers")
+# What the lists hold; lists that held something else are not found again.
+_LIST_VERSION = "2"
 # To open a file takes a read of its folder, which waits for the disk: one thread alone is hardly ahead of the imports
 # (all files are asked for after 4.4-5.8 s with one thread, after 1.1-1.7 s with eight).
 _NUM_THREADS = 8
@@ -96,7 +98,7 @@ def learn(cache: Path) -> None:
 
 def _list_file(cache: Path) -> Path:
     """One list for each set of installed versions, told by the packages' places and times."""
-    key = hashlib.sha256(sys.version.encode())
+    key = hashlib.sha256(f"{_LIST_VERSION} {sys.version}".encode())
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
         origin = spec.origin if spec is not None and spec.origin else ""
@@ -106,17 +108,30 @@ def _list_file(cache: Path) -> Path:
 
 def _imported_files() -> list[str]:
     """The files of all imported modules in the order of their imports, shared libraries first."""
+    sources = _sources_read()
     files: dict[str, None] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():
             if ".so" in line:
                 files.setdefault(line.split(maxsplit=5)[-1])
-    for module in list(sys.modules.values()):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers."):
+            files.update(sources)  # the first of these modules sets their place
         # Some of torch's modules answer every attribute with an object of their own.
         for path in (getattr(module, "__cached__", None), getattr(module, "__file__", None)):
             if isinstance(path, str) and path.endswith((".pyc", ".so")):
                 files.setdefault(path)
     return list(files)
+
+
+def _sources_read() -> dict[str, None]:
+    """The sources that transformers reads when it is imported, to learn what each model's modules define."""
+    file = getattr(sys.modules.get("transformers"), "__file__", None)
+    if file is None:
+        return {}
+    unread = ("__init__", "convert_", "modular_")
+    sources = (Path(file).parent / "models").glob("**/*.py")
+    return dict.fromkeys(str(source) for source in sorted(sources) if not source.name.startswith(unread))
 
 
 def _is_cold(path: str) -> bool:
