@@ -2,7 +2,7 @@
 
 The demo model (SmolLM2-135M-Instruct) is written as float32, and all its blocks are read from the disk in each pass, so
 that a pass waits for them as the passes of a large model do. It answers prompts whose answers repeat them (a code edit,
-a text to be corrected) and one whose answer does not, plainly and with foretold tokens; both must say the same.
+a summary, a text to be repeated) and two whose answers do not, plainly and foretold; both must say the same.
 
     python benchmarks/bench_assist.py /tmp/assist                 # 0.6 GB are written there
     python benchmarks/bench_assist.py /tmp/assist --differences   # how often do passes over several tokens differ?
@@ -22,7 +22,22 @@ from loadstone.checkpoint.demo import demo_model
 from loadstone.execute.generate import encode
 from loadstone.execute.values import Prompt
 
-CODE = """def total(items):
+CLASS = """class Window:
+    def __init__(self, title, width, height):
+        self.title = title
+        self.width = width
+        self.height = height
+        self.visible = False
+
+    def show(self):
+        self.visible = True
+        print(f"{self.title} is shown")
+
+    def hide(self):
+        self.visible = False
+        print(f"{self.title} is hidden")
+"""
+FUNCTION = """def total(items):
     result = 0
     for item in items:
         if item.price > 0:
@@ -34,11 +49,14 @@ TEXT = (
     "printing press. Every year some four thousand visitors come to see the old maps."
 )
 PROMPTS = {
-    "code edit": f"Repeat this code exactly, but rename the function to add_up:\n\n```python\n{CODE}```",
+    "code edit": f"Add a method named toggle to this class and show the whole class:\n\n```python\n{CLASS}```",
+    "summary": f"Summarize:\n\n{TEXT}",
     "text": f"Repeat the following text word for word:\n\n{TEXT}",
+    # The model writes code of its own here, a single line instead of the loop.
+    "code rewritten": f"Repeat this code exactly, but rename the function to add_up:\n\n```python\n{FUNCTION}```",
     "no repeats": "Tell a story about a fox who finds a telescope.",
 }
-REPEATING = ("code edit", "text")
+REPEATING = ("code edit", "summary", "text")
 GOAL = 1.5
 _WIDTH = 5
 
