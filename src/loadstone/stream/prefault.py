@@ -9,21 +9,21 @@ first takes 2.7 in all.
 Where torch is imported already, two things differ (3.1 GB, cold: 1.8 s instead of 3.3). One more thread asks the
 kernel to read far ahead, which keeps the disk busy, and the imports from it where there are some. And what the page
 cache holds is left to the forward: faulting it in from other threads takes as long, and from the same cores. It is
-told apart before anything is read, in steps: a system that reclaims pages while there is room leaves holes in what is
-cached (one page that was gone cost 0.15 s for all of 3.1 GB).
+told apart before anything is read, by whole files where the kernel knows, else in steps: a system that reclaims pages
+while there is room leaves holes in what is cached (one page that was gone cost 0.15 s for all of 3.1 GB).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved, Observer
 from loadstone.hardware.memory import num_cores
-from loadstone.stream.memory import TOUCH_BYTES, Bytes, Toucher, is_cached, will_need
+from loadstone.stream.memory import TOUCH_BYTES, Bytes, Toucher, holds_all_of, is_cached, will_need
 
 _MAX_THREADS = 4
 _TELL_BYTES = 64 << 20
@@ -66,12 +66,12 @@ class Prefault:
         self._cut_short: Path | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        work = [self._work] * _num_threads(beside_imports=beside_imports)
+        work = self._shares(beside_imports=beside_imports) if self._ranges else []
         self._threads = [
             threading.Thread(target=target, name=f"loadstone-prefault-{number}", daemon=True)
-            for number, target in enumerate(work if beside_imports else [*work, self._read_ahead])
+            for number, target in enumerate(work)
         ]
-        for thread in self._threads if self._ranges else ():
+        for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
@@ -84,13 +84,18 @@ class Prefault:
         Raises:
             TruncatedFile: a file was cut short meanwhile.
         """
-        for thread in self._threads if self._ranges else ():
+        for thread in self._threads:
             thread.join()
         if self._cut_short is not None:
             raise TruncatedFile(
                 f"{self._cut_short}: expected the file as it was when it was opened, found that it was cut short "
                 "while it was loaded; copy or download it again."
             )
+
+    def _shares(self, *, beside_imports: bool) -> list[Wait]:
+        """What each thread does."""
+        work: list[Wait] = [self._work] * _num_threads(beside_imports=beside_imports)
+        return work if beside_imports else [*work, self._read_ahead]
 
     def _work(self) -> None:
         self._after()
@@ -129,9 +134,10 @@ def _num_threads(*, beside_imports: bool) -> int:
     return min(_MAX_THREADS, max(2, num_cores()))
 
 
-def _not_cached(ranges: Iterable[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:
-    """The steps of ranges that the page cache does not hold."""
-    for path, stretch in _steps([(path, mapped) for path, mapped in ranges if not is_cached(mapped)]):
+def _not_cached(ranges: Collection[tuple[Path, Bytes]]) -> Iterator[tuple[Path, Bytes]]:
+    """The steps of ranges that the page cache does not hold; for 3.1 GB, 5 ms by files, 24 by steps."""
+    here = {path for path in {path for path, _ in ranges} if holds_all_of(path)}
+    for path, stretch in _steps([(path, mapped) for path, mapped in ranges if path not in here]):
         if not is_cached(stretch, _NUM_STEP_PROBES):
             yield path, stretch
 
