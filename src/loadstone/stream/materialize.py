@@ -64,7 +64,7 @@ def as_tensor(data: Bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     """A tensor over bytes that are kept alive by it; nothing is copied."""
     if data.size == 0:
         return torch.empty(tuple(shape), dtype=torch_dtype(dtype))
-    return torch.from_numpy(data).view(torch_dtype(dtype)).view(tuple(shape))
+    return torch.frombuffer(data, dtype=torch_dtype(dtype)).view(tuple(shape))
 
 
 class Materializer:
