@@ -113,10 +113,10 @@ def digest(tensor: Any) -> str:
 def in_turn(
     peers: Sequence[str], repeats: int, run: Callable[[str], dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run the peers A B C A B C ..., so that what drifts hits all of them."""
+    """Run the peers A B C C B A ..., so that what drifts, and what runs before, hits all of them."""
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
     for round_number in range(repeats):
-        for peer in peers:
+        for peer in peers if round_number % 2 == 0 else reversed(peers):
             result = run(peer)
             runs[peer].append(result)
             figures = "  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float))

@@ -8,7 +8,7 @@ from typing import Any
 from loadstone.errors import DeviceUnavailable
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
-from loadstone.plan.cost import rows_bytes, transfer_s, work
+from loadstone.plan.cost import rows_bytes
 from loadstone.plan.experts import ring_bytes
 from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.place import Assignment, Missing, buffer_bytes
@@ -112,9 +112,7 @@ def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
         rings = _rings(problem, streamed, num_slots)
         missing = _missing(problem, found, rings)
         if missing <= 0:
-            return Layout(
-                assignments=tuple(found), num_slots=num_slots, ring_bytes=rings, pass_s=_pass_s(problem, found)
-            )
+            return Layout(assignments=tuple(found), num_slots=num_slots, ring_bytes=rings)
     return Missing(nbytes=missing)
 
 
@@ -148,17 +146,6 @@ def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]
             room = problem.device_room(device) - problem.cache_of(computing)
         over.append(held + rings.get(device, 0) - room)
     return max(over)
-
-
-def _pass_s(problem: Problem, found: Iterable[Assignment]) -> tuple[float, float]:
-    seconds = [0.0, 0.0]
-    for one in found:
-        for index, tokens in enumerate(problem.tokens):
-            given = one.unit.num_tokens(problem.tokens, index)
-            seconds[index] += work(one.unit, problem.speeds.compute[one.compute], given).seconds
-            if one.home != one.compute:
-                seconds[index] += transfer_s(one.unit, tokens, problem.speeds.way(one.home, one.compute))
-    return (seconds[0], seconds[1])
 
 
 def to_device_map(plan: Plan) -> dict[str, str]:

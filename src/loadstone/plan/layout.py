@@ -99,13 +99,13 @@ class Layout:
         assignments: every unit once, or its parts, in execution order.
         num_slots: of the rings.
         ring_bytes: by device: the slots of what computes there, and on the host what is on its way to accelerators.
-        pass_s: a decoding pass, then the pass over the prompt.
+        pass_s: a decoding pass, then the pass over the prompt, to compare layouts; zero where a map leaves no choice.
     """
 
     assignments: tuple[Assignment, ...]
     num_slots: int
     ring_bytes: Mapping[str, int]
-    pass_s: tuple[float, float]
+    pass_s: tuple[float, float] = (0.0, 0.0)
 
 
 def best_layout(problem: Problem) -> Layout | Missing:
