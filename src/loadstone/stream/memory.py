@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,8 +26,9 @@ PAGE_BYTES = mmap.PAGESIZE
 _SLAB_BYTES = 8 << 20
 _NUM_PROBES = 64
 _ALIGNMENT = 64
-# The same number on every architecture but Alpha. Source: include/uapi/asm-generic/unistd.h (Linux 6.5)
-_CACHESTAT = 451
+# The same number on every architecture but Alpha; other systems have another call there.
+# Source: include/uapi/asm-generic/unistd.h (Linux 6.5)
+_CACHESTAT = 451 if sys.platform == "linux" else None
 # The most pieces of one call. Source: https://man7.org/linux/man-pages/man2/writev.2.html (IOV_MAX)
 _MAX_PIECES = 1024
 
@@ -231,7 +233,7 @@ def is_cached(array: Bytes, num_probes: int = _NUM_PROBES) -> bool:
 def holds_all_of(path: Path) -> bool:
     """Whether the page cache is known to hold all of a file, which newer kernels tell at once.
 
-    Source: https://docs.kernel.org/admin-guide/mm/pagemap.html and include/uapi/linux/mman.h (`struct cachestat`)
+    Source: include/uapi/linux/mman.h (`struct cachestat`)
 
     Args:
         path: the file.
@@ -239,6 +241,8 @@ def holds_all_of(path: Path) -> bool:
     Returns:
         False too where the system does not say: before Linux 6.5, and where it is forbidden.
     """
+    if _CACHESTAT is None:
+        return False
     whole = np.zeros(2, np.uint64)  # offset and length; a length of zero is all that follows
     pages = np.zeros(5, np.uint64)  # in the cache, dirty, under writeback, evicted, recently evicted
     with open_regular(path) as file:
