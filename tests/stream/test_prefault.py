@@ -7,7 +7,7 @@ import pytest
 
 from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved, Event, ignore
-from loadstone.stream.memory import PAGE_BYTES, TOUCH_BYTES, Toucher, holds_all_of, is_cached, map_file, will_need
+from loadstone.stream.memory import TOUCH_BYTES, Toucher, is_cached, map_file, will_need
 from loadstone.stream.prefault import Prefault
 
 NBYTES = 5_000_001
@@ -66,23 +66,6 @@ def test_only_the_hole_in_a_cached_file_is_brought_in(path: Path) -> None:
     prefault.wait()
     assert prefault.done_bytes == TOUCH_BYTES
     assert is_cached(map_file(path))
-
-
-def test_a_file_of_which_one_page_is_gone_is_not_held_as_a_whole(path: Path) -> None:
-    if not holds_all_of(path):
-        pytest.skip("this kernel does not tell")
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), NBYTES // 2 // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES, os.POSIX_FADV_DONTNEED)
-    gone = not is_cached(map_file(path), NBYTES)
-    assert holds_all_of(path) is not gone
-
-
-def test_where_the_kernel_does_not_tell_pages_are_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadstone.stream.prefault.holds_all_of", lambda _: False)
-    idle = Prefault([(path, map_file(path))], beside_imports=False, observer=ignore)
-    idle.wait()
-    assert idle.done_bytes == 0
 
 
 def test_a_stopped_prefault_ends(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -26,9 +25,6 @@ PAGE_BYTES = mmap.PAGESIZE
 _SLAB_BYTES = 8 << 20
 _NUM_PROBES = 64
 _ALIGNMENT = 64
-# The same number on every architecture but Alpha; other systems have another call there.
-# Source: include/uapi/asm-generic/unistd.h (Linux 6.5)
-_CACHESTAT = 451 if sys.platform == "linux" else None
 # The most pieces of one call. Source: https://man7.org/linux/man-pages/man2/writev.2.html (IOV_MAX)
 _MAX_PIECES = 1024
 
@@ -38,8 +34,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _libc.writev.restype = ctypes.c_ssize_t
-_libc.syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
-_libc.syscall.restype = ctypes.c_long
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
@@ -228,26 +222,6 @@ def _probes(array: Bytes, num_probes: int) -> Iterator[bool]:
 def is_cached(array: Bytes, num_probes: int = _NUM_PROBES) -> bool:
     """Whether a map seems to be in the page cache as a whole; a page that is not ends the asking."""
     return all(_probes(array, num_probes))
-
-
-def holds_all_of(path: Path) -> bool:
-    """Whether the page cache is known to hold all of a file, which newer kernels tell at once.
-
-    Source: include/uapi/linux/mman.h (`struct cachestat`)
-
-    Args:
-        path: the file.
-
-    Returns:
-        False too where the system does not say: before Linux 6.5, and where it is forbidden.
-    """
-    if _CACHESTAT is None:
-        return False
-    whole = np.zeros(2, np.uint64)  # offset and length; a length of zero is all that follows
-    pages = np.zeros(5, np.uint64)  # in the cache, dirty, under writeback, evicted, recently evicted
-    with open_regular(path) as file:
-        said = _libc.syscall(_CACHESTAT, file.fd, whole.ctypes.data, pages.ctypes.data, 0)
-        return bool(said == 0 and int(pages[0]) * PAGE_BYTES >= file.nbytes)
 
 
 def will_need(array: Bytes) -> None:
