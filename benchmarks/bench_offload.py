@@ -134,9 +134,13 @@ def _planned(model: Any) -> dict[str, Any]:
     }
 
 
-def told(caged: Caged) -> dict[str, Any]:
+def said(caged: Caged) -> list[dict[str, Any]]:
+    """What a child has said."""
+    return [json.loads(line) for line in caged.stdout.splitlines() if re.match(r"\{.*\}$", line)]
+
+
+def told(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a child has said, as figures of one token: medians over those after the prompt."""
-    lines = [json.loads(line) for line in caged.stdout.splitlines() if re.match(r"\{.*\}$", line)]
     tokens = [line for line in lines if "token" in line]
     figures: dict[str, Any] = {}
     for line in lines:
@@ -156,9 +160,8 @@ def told(caged: Caged) -> dict[str, Any]:
     return figures
 
 
-def told_paced(caged: Caged) -> dict[str, Any]:
+def told_paced(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Each token beside the rates of the plain loop before and after it; the first two passes are left out."""
-    lines = [json.loads(line) for line in caged.stdout.splitlines() if re.match(r"\{.*\}$", line)]
     steps = [line for line in lines if "raw_bytes_per_s" in line]
     return {
         "tokens": [
@@ -201,7 +204,7 @@ def measure(
         "outcome": caged.outcome,
         "peak_bytes": caged.peak_bytes,
         "anonymous_peak_bytes": caged.anonymous_bytes,
-        **(told_paced(caged) if paced else told(caged)),
+        **(told_paced if paced else told)(said(caged)),
     }
     if caged.outcome.startswith("failed"):
         row["error"] = caged.stderr[-1500:]
@@ -295,7 +298,7 @@ def goals(case: dict[str, Any]) -> dict[str, Any]:
     """The roofline and what of it was reached."""
     rows = {row["peer"]: row for row in case["runs"]}
     ours, compute_s = rows.get("loadstone", {}), rows["resident"].get("token_s", 0.0)
-    if "token_s" not in ours or "plan_streamed_bytes" not in ours:
+    if "token_s" not in ours or "plan_streamed_bytes" not in ours or not case["paced"]["tokens"]:
         return {"goals": ["MISSED  ours did not finish, or did not stream"]}
     rate = case["disk"]["bytes_per_s"]
     kept = case["budget_bytes"] - ours["level_bytes"] - ours["run_bytes"]

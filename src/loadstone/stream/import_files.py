@@ -116,7 +116,8 @@ def _imported_files() -> list[str]:
                 files.setdefault(line.split(maxsplit=5)[-1])
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers."):
-            files.update(sources)  # the first of these modules sets their place
+            files.update(sources)
+            sources = {}  # they have their place before the first of these modules
         # Some of torch's modules answer every attribute with an object of their own.
         for path in (getattr(module, "__cached__", None), getattr(module, "__file__", None)):
             if isinstance(path, str) and path.endswith((".pyc", ".so")):
