@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loadstone.api.offload_choice import Asked, Chosen, chosen
 from loadstone.api.registry import Loaded, find, remember
-from loadstone.checkpoint.cache import cache_folder
 from loadstone.errors import StreamedModel
 from loadstone.events import Recorder
 from loadstone.execute.values import States
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, resident
 from loadstone.plan.choose import Choice
 from loadstone.plan.load_peak import LoadPeak
+from loadstone.plan.values import HOST
 from loadstone.report.load_report import LoadReport
 from loadstone.units import format_bytes
 
@@ -24,10 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from loadstone.architecture.keymap import Target
-    from loadstone.execute.adopt import Origin
     from loadstone.execute.offload import Offloaded
-    from loadstone.stream.sources import Source, Way
+    from loadstone.execute.residency import Residency
 
 
 def offload(
@@ -100,26 +97,44 @@ def _offloaded(model: nn.Module, asked: Asked, known: Loaded | None, *, fresh: b
             told.text = _line(done)
     report = _report(model, choice, recorder, known)
     report = replace(report, seconds=time.perf_counter() - start, before=before, peak=watch.peak)
-    remember(model, Loaded(model, report=report, residency=done.residency, undo=_Undo(done, known)))
+    made = _Record(done, known, _parking(choice))
+    remember(model, Loaded(model, report=report, residency=done.residency if choice.away else None, arranged=made))
     return model
 
 
+def _parking(choice: Chosen) -> tuple[str, ...]:
+    """Where a module can be parked: not where it is already, and not on a disk that is not its home."""
+    places = ("disk", "ram") if choice.on_disk else ("ram",)
+    return tuple(place for place in places if place != "ram" or choice.device != HOST)
+
+
 @dataclass(frozen=True, slots=True)
-class _Undo:
-    """What `Loaded.restore` calls: it makes the module what it was, and what is known of it too."""
+class _Record:
+    """What `Loaded` knows of a module that was arranged here.
+
+    Attributes:
+        parking: the places where it can be parked, the usual one first.
+    """
 
     done: Offloaded
     known: Loaded | None
+    parking: tuple[str, ...]
 
-    def __call__(self) -> Loaded | None:
+    def residency(self) -> Residency | None:
+        """What can have the module leave, even where all of it stays."""
+        return self.done.residency
+
+    def restore(self) -> Loaded | None:
+        """Make the module what it was, and what is known of it too."""
         self.done.restore()
         return self.known
 
 
 def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None, *, fresh: bool) -> Offloaded:
+    from loadstone.api.supply import FromDisk, FromMemory
     from loadstone.execute.offload import Arrangement, arranged
     from loadstone.stream.destination import Destination
-    from loadstone.stream.sources import MemorySource, Way
+    from loadstone.stream.sources import Way
     from loadstone.stream.transfer import torch_device
 
     device = torch_device(choice.device)
@@ -130,72 +145,16 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None, *, fresh: 
         num_slots=choice.num_slots,
         gives_up=choice.on_disk,
     )
-    closing: list[Callable[[], None]] = []
-
-    def source(parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> Source:
-        way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
-        if choice.on_disk:
-            found = _files_of(parameters, known, fresh=fresh)
-            return _spilled(parameters, targets, way, closing) if found is None else _from(found, targets, way)
-
-        def moved(fqn: str, tensor: torch.Tensor) -> None:
-            parameters[fqn].data = tensor
-
-        return MemorySource(tensors=parameters, targets=targets, way=way, moved=moved)
-
-    def end() -> None:
-        for close in closing:
-            close()
-
-    done = arranged(model, arrangement, source, end)
-    for close in closing:
-        weakref.finalize(model, close)
-    return done
-
-
-def _files_of(parameters: Mapping[str, nn.Parameter], known: Loaded | None, *, fresh: bool) -> Origin | None:
-    """The files that parameters were loaded from, if they are still the same; `fresh` ones need not be compared."""
-    from loadstone.stream.refill import can_refill
-    from loadstone.stream.unchanged import are_in_files
-
-    origin = known.origin if known is not None else None
-    if origin is None or not set(parameters) <= set(origin.wanted):
-        return None
-    found = {fqn: origin.wanted[fqn] for fqn in parameters}
-    if fresh:
-        is_same = all(can_refill(one, origin.checkpoint.tensors) for one in found.values())
-    else:
-        is_same = are_in_files(parameters, found, origin.checkpoint)
-    return replace(origin, wanted=found) if is_same else None
-
-
-def _from(origin: Origin, targets: Mapping[str, Target], way: Way) -> Source:
-    from loadstone.stream.sources import FileSource
-
-    wanted = {fqn: replace(one, target=targets[fqn]) for fqn, one in origin.wanted.items()}
-    return FileSource(wanted, origin.checkpoint, way)
-
-
-def _spilled(
-    parameters: Mapping[str, nn.Parameter],
-    targets: Mapping[str, Target],
-    way: Way,
-    closing: list[Callable[[], None]],
-) -> Source:
-    """A file of their own."""
-    from loadstone.stream.sources import FileSource
-    from loadstone.stream.spill import Spill, wanted_from
-
-    spill = Spill(cache_folder() / "offload")
-    closing.append(spill.close)
-    for fqn, parameter in parameters.items():
-        spill.add(fqn, parameter)
-    checkpoint = spill.finish()
-    return FileSource(wanted_from(checkpoint, targets), checkpoint, way)
+    way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
+    if not choice.on_disk:
+        return arranged(model, arrangement, FromMemory(way))
+    supply = FromDisk(way, known.origin if known is not None else None, is_fresh=fresh)
+    weakref.finalize(model, supply.close)
+    return arranged(model, arrangement, supply)
 
 
 def _line(done: Offloaded) -> str:
-    if done.residency is None:
+    if done.residency is None or done.residency.is_whole:
         return "all of it stays"
     stats = done.residency.stats()
     return (

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _USUAL_SHARE = 0.8
 # What the choice is made for: a text of this many tokens goes in, and as many come out.
 _TOKENS = 512
+# One unit is read while another computes.
+_NUM_SLOTS = 2
 _UNBOUNDED = 1 << 62
 
 
@@ -130,7 +132,7 @@ def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str 
         staged: set[str] = set()
     else:
         blocks = [unit for unit in sizes.units if unit.kind is UnitKind.BLOCK]
-        num_slots, limit = 2, states.staged_bytes
+        num_slots, limit = _NUM_SLOTS, states.staged_bytes
         if near == device != states.ready[0] and limit is None:
             limit = _left_for_staged(sizes, num_slots, _room(machine, device, max_memory), device)
         staged = _staged(blocks, _UNBOUNDED if limit is None else limit) if near != states.ready[0] else set()
@@ -217,7 +219,7 @@ def _streamed(sizes: _Sizes, machine: Machine, device: str, room: int) -> tuple[
     if isinstance(placed, Missing):
         raise _too_little(device, room, placed.nbytes)
     away = {one.unit.name for one in placed.assignments if one.home != one.compute}
-    return away, max(1, placed.num_slots)
+    return away, placed.num_slots or _NUM_SLOTS
 
 
 def _left_for_staged(sizes: _Sizes, num_slots: int, room: int, device: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loadstone.errors import PlanNotSupported
 from loadstone.execute.trace import recorded
@@ -26,11 +26,23 @@ if TYPE_CHECKING:
     from loadstone.execute.residency import Residency
     from loadstone.execute.values import StreamStats
 
-Undo = Callable[[], "Loaded | None"]
-
 _PARKING_PLACES = ("disk", "ram")
 _LOCK = threading.Lock()
 _LOADED: weakref.WeakKeyDictionary[nn.Module, Loaded] = weakref.WeakKeyDictionary()
+
+
+class Arranged(Protocol):
+    """What `loadstone.offload` did to a module."""
+
+    @property
+    def parking(self) -> tuple[str, ...]:
+        """The places where it can be parked, the usual one first."""
+
+    def residency(self) -> Residency | None:
+        """What can have it leave, even where all of it stays."""
+
+    def restore(self) -> Loaded | None:
+        """Make it what it was before; gives what was known of it then."""
 
 
 class Loaded:
@@ -41,7 +53,7 @@ class Loaded:
         report: of its load.
         origin: where its parameters came from.
         residency: what keeps it running, where parts of it are streamed.
-        undo: undoes what `loadstone.offload` did; gives what was known before.
+        arranged: what `loadstone.offload` did, if it did anything.
 
     Attributes:
         report: see above.
@@ -56,12 +68,12 @@ class Loaded:
         report: LoadReport,
         origin: Origin | None = None,
         residency: Residency | None = None,
-        undo: Undo | None = None,
+        arranged: Arranged | None = None,
     ) -> None:
         self.report = report
         self.residency = residency
         self.origin = origin
-        self._undo = undo
+        self._arranged = arranged
         self._model = weakref.ref(model)
         self._lock = threading.Lock()
 
@@ -143,7 +155,7 @@ class Loaded:
         num_whole = sum(unit.rpartition(".")[2].isdecimal() for unit in blocks)
         return self.plan.prediction.decode.bound_by in ("disk", "link") and 2 * num_whole > len(blocks)
 
-    def park(self, to: str = "disk", *, keep_changed: bool = False) -> int:
+    def park(self, to: str | None = None, *, keep_changed: bool = False) -> int:
         """Let the model leave the device: its weights, the slots, the threads and the open files.
 
         The module stays. Whoever uses it wakes it; `wake()` does so ahead of time. What its files cannot give back
@@ -151,8 +163,9 @@ class Loaded:
         model that is parked already stays so.
 
         Args:
-            to: where the weights come back from. "disk": their files, which take no memory. "ram": copies in host
-                memory, for a model on an accelerator.
+            to: where the weights come back from. "disk": their files, which take no memory, or for a module that was
+                offloaded to the disk a file of its own. "ram": copies in host memory, for a model on an accelerator.
+                By default "disk", or "ram" for a module whose home host memory is.
             keep_changed: leave parameters that are not as they were loaded where they are, instead of refusing. What
                 torch does not count as a change (writes through `.data` or numpy) is not seen, and lost.
 
@@ -161,18 +174,22 @@ class Loaded:
 
         Raises:
             StreamedModel: a parameter was changed, or the model was closed.
-            PlanNotSupported: it was arranged by `loadstone.offload`.
-            ValueError: `to` is neither, or is where the weights are already.
+            PlanNotSupported: it came from no files, and computes where its parameters are.
+            ValueError: `to` is neither, is where the weights are already, or is a disk that is not their home.
         """
-        if to not in _PARKING_PLACES:
+        if to is not None and to not in _PARKING_PLACES:
             raise ValueError(f'park: expected to="disk" or to="ram", found {to!r}.')
-        residency, copied = self._residency("park"), to == "ram"
-        if copied and self.report.device.value == HOST:
+        residency = self._residency("park")
+        to = self._parking[0] if to is None else to
+        if to not in self._parking:
             raise ValueError(
                 'park: expected a model on an accelerator for to="ram", found one that is in RAM already; park() lets '
                 "it leave, and its files give it back."
+                if to == "ram"
+                else 'park: expected a module whose home is the disk for to="disk", found one that loadstone.offload '
+                'has arranged with host memory as its home; park("ram") lets it leave its device.'
             )
-        return residency.change(lambda states: states.park(keep_changed=keep_changed, copied=copied))
+        return residency.change(lambda states: states.park(keep_changed=keep_changed, copied=to == "ram"))
 
     def wake(self) -> None:
         """Bring back what was in memory when the model was parked, with the same bits; one that is awake stays so.
@@ -196,7 +213,7 @@ class Loaded:
         Raises:
             ValueError: it is no size, or less than the slots and what cannot be read again take.
             StreamedModel: the model was closed.
-            PlanNotSupported: it was arranged by `loadstone.offload`.
+            PlanNotSupported: it came from no files, and computes where its parameters are.
             LoadstoneError: files cannot be read, or are not those that the model was loaded from.
         """
         limit_bytes = None if size is None else parse_bytes(size, option="limit")
@@ -214,32 +231,44 @@ class Loaded:
             ValueError: it was not offloaded, or was restored already.
         """
         model = self._model()
-        if self._undo is None or model is None or find(model) is not self:
+        if self._arranged is None or model is None or find(model) is not self:
             raise ValueError(
                 "restore() undoes loadstone.offload(), which was not called for this model; load it again."
             )
-        before = self._undo()
+        before = self._arranged.restore()
         with _LOCK:
             if before is None:
                 del _LOADED[model]
             else:
                 _LOADED[model] = before
 
+    @property
+    def _parking(self) -> tuple[str, ...]:
+        """The places where the model can be parked, the usual one first."""
+        if self._arranged is not None:
+            return self._arranged.parking
+        return _PARKING_PLACES[:1] if self.report.device.value == HOST else _PARKING_PLACES
+
     def _residency(self, what: str) -> Residency:
         with self._lock:
-            if self._undo is not None:
-                raise PlanNotSupported(
-                    f"{what}: expected a model as loadstone.load made it, found one that loadstone.offload has "
-                    "arranged; call restore() first, or give offload other states."
-                )
-            if self.residency is None:
-                model = self._model()
-                if self.origin is None or model is None:
-                    raise PlanNotSupported(f"{what}: expected a model that came from files, found one that did not.")
+            if self._arranged is not None:
+                self._refuse_where_it_is(what)
+                self.residency = self._arranged.residency()
+            model = self._model()
+            if self.residency is None and self.origin is not None and model is not None:
                 from loadstone.execute.adopt import residency_for
 
                 self.residency = residency_for(model, self.origin, self.report.device.value)
+            if self.residency is None:
+                raise PlanNotSupported(f"{what}: expected a model that came from files, found one that did not.")
             return self.residency
+
+    def _refuse_where_it_is(self, what: str) -> None:
+        if not self._parking:
+            raise PlanNotSupported(
+                f"{what}: expected a module that computes elsewhere than its home is, found one that loadstone.offload "
+                'has arranged to do both in RAM; call restore() first, then offload it with home="disk".'
+            )
 
 
 def find(model: nn.Module) -> Loaded | None:

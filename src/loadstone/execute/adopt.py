@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -27,7 +27,8 @@ from loadstone.stream.host import FileMaps, is_mappable, stretches
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.refill import Wanted, can_refill
-from loadstone.stream.sources import FileSource
+from loadstone.stream.sources import FileSource, MemorySource
+from loadstone.stream.spill import wanted_from
 from loadstone.stream.transfer import torch_device
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -104,19 +105,84 @@ def _adopted(
         wanted = origin.wanted[fqn]
         if not home.is_unchanged(parameter):
             changed.append(fqn)
-        elif path and not isinstance(owner, nn.RNNBase) and can_refill(wanted, origin.checkpoint.tensors):
+        elif _can_go(path, owner) and can_refill(wanted, origin.checkpoint.tensors):
             chosen.units[fqn], chosen.wanted[fqn] = _unit_of(module, path), wanted
             fqn_by_id[id(parameter)] = fqn
     source.add(chosen.wanted)
-    grouping = Grouping(module, chosen, lambda parameter: fqn_by_id.get(id(parameter)), source, taken)
-    units = grouping.units(source.more({**grouping.walked, **grouping.tables}), residency)
+    units = _units(module, chosen, fqn_by_id, source, residency, taken)
     _keep(units, origin, source)
-    fixed = (parameter for ident, (_, _, parameter) in present.items() if ident not in fqn_by_id)
-    return Adopted(
-        units=tuple(units),
-        fixed_bytes=sum(parameter.nbytes for parameter in fixed),
-        changed=tuple(changed),
-    )
+    return Adopted(units=units, fixed_bytes=_fixed_bytes(module, fqn_by_id), changed=tuple(changed))
+
+
+def shelving(module: nn.Module, source: MemorySource) -> Adopt:
+    """The same as `adopting` for what no file holds: it goes to the host's memory, as it is then."""
+    return partial(_shelved, weakref.ref(module), source)
+
+
+def _shelved(
+    reference: weakref.ref[nn.Module], source: MemorySource, residency: Residency, taken: Collection[str]
+) -> Adopted:
+    module = reference()
+    if module is None:
+        return Adopted()
+    chosen, fqn_by_id = Streamed(), {}
+    names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
+    for path, owner, parameter in _parameters(module):
+        if _can_go(path, owner):
+            chosen.units[names[id(parameter)]] = _unit_of(module, path)
+            fqn_by_id[id(parameter)] = names[id(parameter)]
+    units = _units(module, chosen, fqn_by_id, source, residency, taken)
+    for unit in units:
+        unit.is_kept, unit.shelf = True, source
+    return Adopted(units=units, fixed_bytes=_fixed_bytes(module, fqn_by_id))
+
+
+def spilling(module: nn.Module, source: FileSource, spill: Callable[[Mapping[str, torch.Tensor]], Checkpoint]) -> Adopt:
+    """The same as `adopting` for what no file holds yet: `spill` writes it when it is to go for the first time."""
+    return partial(_spilled, weakref.ref(module), source, spill)
+
+
+def _spilled(
+    reference: weakref.ref[nn.Module],
+    source: FileSource,
+    spill: Callable[[Mapping[str, torch.Tensor]], Checkpoint],
+    residency: Residency,
+    taken: Collection[str],
+) -> Adopted:
+    module = reference()
+    if module is None:
+        return Adopted()
+    names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
+    going = {names[id(parameter)]: parameter for path, owner, parameter in _parameters(module) if _can_go(path, owner)}
+    checkpoint = spill(going)
+    source.know(checkpoint)
+    targets = {fqn: Target(shape=info.shape, dtype=info.dtype) for fqn, info in checkpoint.tensors.items()}
+    homes = {fqn: Home.of(parameter) for fqn, parameter in going.items()}
+    origin = Origin(checkpoint=checkpoint, wanted=wanted_from(checkpoint, targets), homes=homes)
+    return _adopted(reference, origin, source, residency, taken)
+
+
+def _units(
+    module: nn.Module,
+    chosen: Streamed,
+    fqn_by_id: Mapping[int, str],
+    source: FileSource | MemorySource,
+    residency: Residency,
+    taken: Collection[str],
+) -> tuple[Unit, ...]:
+    """Units of what was loaded to stay and can go."""
+    grouping = Grouping(module, chosen, lambda parameter: fqn_by_id.get(id(parameter)), source, taken)
+    return tuple(grouping.units(source.more({**grouping.walked, **grouping.tables}), residency))
+
+
+def _fixed_bytes(module: nn.Module, fqn_by_id: Mapping[int, str]) -> int:
+    """What the parameters take that stay whatever happens."""
+    return sum(parameter.nbytes for _, _, parameter in _parameters(module) if id(parameter) not in fqn_by_id)
+
+
+def _can_go(path: str, owner: nn.Module) -> bool:
+    """Whether a module can do without its parameters; the whole model keeps its own, torch's RNNs hold on to theirs."""
+    return bool(path) and not isinstance(owner, nn.RNNBase)
 
 
 def _keep(units: Sequence[Unit], origin: Origin, source: FileSource) -> None:

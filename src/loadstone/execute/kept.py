@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,14 @@ class Member:
     def nbytes(self) -> int:
         """What it takes."""
         return self.placeholder.numel() * self.placeholder.element_size()
+
+    def can_be_stored(self) -> bool:
+        """Whether what stands in its places is one parameter like it, with nothing that a copy would lose."""
+        there = {id(found): found for found in (owner.get(name) for owner, name in self.owners)}
+        found, *others = there.values()
+        if others or not isinstance(found, nn.Parameter):
+            return False
+        return found.grad is None and (found.shape, found.dtype) == (self.placeholder.shape, self.placeholder.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,16 @@ class Lookup:
         self._made = None
 
 
+class Shelf(Protocol):
+    """Where units are while they are not kept, if no file holds them; what fills slots finds them there."""
+
+    def store(self, unit: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Take a copy of a unit's parameters, as they are now."""
+
+    def drop(self, unit: str) -> None:
+        """The unit came back, or never went."""
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Unit:
     """What comes and goes together.
@@ -119,6 +137,7 @@ class Unit:
         order: its place in the walk.
         tables: those of its parameters that are looked up by rows, by fqn.
         maps: gives its parameters where they lie in their files, where they are used there when they are kept.
+        shelf: takes its parameters when it goes, where no file holds them.
         is_kept: it is in memory for good.
         homes: its parameters, where it is kept.
         attributes: what others have attached to them.
@@ -131,6 +150,7 @@ class Unit:
     order: int
     tables: dict[str, Lookup] = field(default_factory=dict)
     maps: Callable[[], list[torch.Tensor]] | None = None
+    shelf: Shelf | None = None
     is_kept: bool = False
     homes: tuple[Home, ...] = ()
     attributes: tuple[dict[str, Any], ...] = ()
@@ -146,7 +166,9 @@ class Unit:
         return [owner[name] for owner, name in (member.owners[0] for member in self.members)]
 
     def changed(self) -> str:
-        """The first of its parameters that is not what was put there; "" for none."""
+        """The first of its parameters that would not come back as it is; "" for none."""
+        if self.shelf is not None:
+            return next((member.placeholder.fqn for member in self.members if not member.can_be_stored()), "")
         for member, home in zip(self.members, self.homes, strict=False):
             if not all(home.is_unchanged(owner.get(name)) for owner, name in member.owners):
                 return member.placeholder.fqn
@@ -217,17 +239,15 @@ class Kept:
 
         Args:
             names: of them.
-            copied: to host memory, from where they come back until `drop_copies`; else they come from their files.
+            copied: to host memory, from where they come back until `drop_copies`; else they come from their files or
+                from their shelf.
 
         Returns:
             The bytes that they took.
         """
         nbytes = 0
         units = [self._units[name] for name in names]
-        if copied:  # of all, before the first is gone: host memory may be too small
-            copies = [[parameter.detach().to("cpu", copy=True) for parameter in unit.there()] for unit in units]
-            for unit, of_unit in zip(units, copies, strict=True):
-                unit.copies = of_unit
+        self._take_copies(units, copied=copied)
         for unit in units:
             there = unit.there()
             unit.attributes = tuple(dict(vars(parameter)) for parameter in there)
@@ -273,6 +293,24 @@ class Kept:
                 self._filler.forget(memory)
         for unit in units:
             self._settle(unit, parameters(unit, tensors[unit.name]))
+            if unit.shelf is not None:
+                unit.shelf.drop(unit.name)
+
+    @staticmethod
+    def _take_copies(units: Sequence[Unit], *, copied: bool) -> None:
+        """Of all that is to be copied, before the first is gone: host memory may be too small."""
+        try:
+            for unit in units:
+                if unit.shelf is not None:
+                    unit.shelf.store(unit.name, [parameter.detach() for parameter in unit.there()])
+                elif copied:
+                    unit.copies = [parameter.detach().to("cpu", copy=True) for parameter in unit.there()]
+        except BaseException:
+            for unit in units:
+                unit.copies = None
+                if unit.shelf is not None:
+                    unit.shelf.drop(unit.name)
+            raise
 
     def drop_copies(self) -> None:
         """Have everything come from its files again."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,12 +13,33 @@ from loadstone.architecture.keymap import Target
 from loadstone.execute.attach import Attachment, attach_to
 from loadstone.execute.divide import Part
 from loadstone.execute.placeholder import StreamedParameter
-from loadstone.execute.residency import Residency
+from loadstone.execute.residency import Adopt, Residency
 from loadstone.execute.streamed import Streamed
 from loadstone.stream.sources import Source
 
 Place = tuple[dict[str, Any], str]
-MakeSource = Callable[[Mapping[str, nn.Parameter], Mapping[str, Target]], Source]
+
+
+class Supply(Protocol):
+    """Where the parameters of one module come from that are not where they are computed."""
+
+    def source(self, parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> Source:
+        """The source of those that do not stay; called before anything is moved.
+
+        Args:
+            parameters: those that do not stay, by fqn.
+            targets: what each parameter of the module must be where it is computed, by fqn.
+        """
+
+    def adopt(self, module: nn.Module) -> Adopt | None:
+        """What has those that stay go too; None where they cannot. Called when they are where they stay.
+
+        Args:
+            module: whose parameters they are; not to be kept alive.
+        """
+
+    def close(self) -> None:
+        """Nothing is read any more."""
 
 
 @dataclass(slots=True)
@@ -26,7 +47,8 @@ class _Original:
     """What a parameter was before.
 
     Attributes:
-        tensor: the parameter; None where it was given up, because it can be read.
+        tensor: the parameter, while its memory is needed: as the master copy of what is streamed, or until the module
+            is arranged; else None, and it is found in its places.
         places: the parameter dicts that hold it, with its name there.
         device: where it was.
         dtype: what it was in.
@@ -45,22 +67,25 @@ class Offloaded:
     """A module that was arranged anew, and how it was before.
 
     Attributes:
-        residency: what keeps it running; None where all of it stays.
+        residency: what keeps it running; it does nothing until it is asked where all of it stays.
     """
 
+    _supply: Supply
     residency: Residency | None = None
     _originals: dict[str, _Original] = field(default_factory=dict)
     _buffers: list[tuple[dict[str, Any], str, torch.device]] = field(default_factory=list)
-    _on_close: list[Callable[[], None]] = field(default_factory=list)
 
     def restore(self) -> None:
         """Have everything as it was: in memory, on its device, in its dtype, without hooks; but rounded, if it was."""
-        found = {
-            fqn: self._read(fqn) if original.tensor is None else original.tensor
-            for fqn, original in self._originals.items()
-        }
-        for fqn, original in self._originals.items():
-            parameter = found[fqn]
+        if self.residency is not None and self.residency.is_parked:
+            self.residency.change(lambda states: states.wake())
+        found = [
+            self._found(original) if original.tensor is None else original.tensor
+            for original in self._originals.values()
+        ]
+        for original, parameter in zip(self._originals.values(), found, strict=True):
+            if parameter is None:
+                continue
             parameter.data = parameter.data.to(original.device, original.dtype)
             for owner, name in original.places:
                 owner[name] = parameter
@@ -69,16 +94,15 @@ class Offloaded:
         if self.residency is not None:
             self.residency.take_off_hooks()
             self.residency.close()
-        for close in self._on_close:
-            close()
-        self._on_close.clear()
+        self._supply.close()
 
     @torch.no_grad()
-    def _read(self, fqn: str) -> nn.Parameter:
-        """A streamed parameter with its elements."""
-        original = self._originals[fqn]
+    def _found(self, original: _Original) -> nn.Parameter | None:
+        """A parameter with its elements: where it stands, or read; None where somebody took it away."""
         owner, name = original.places[0]
-        placeholder: StreamedParameter = owner[name]
+        placeholder: nn.Parameter | None = owner.get(name)
+        if not isinstance(placeholder, StreamedParameter):
+            return placeholder
         if placeholder.lookup is not None:
             elements = placeholder.lookup(torch.arange(placeholder.shape[0]), torch.Tensor.clone)
         elif placeholder.lender is not None:
@@ -86,7 +110,7 @@ class Offloaded:
                 placeholder.group, lambda: owner[name].detach().to(original.device, copy=True)
             )
         else:
-            raise KeyError(fqn)
+            raise KeyError(placeholder.fqn)
         return nn.Parameter(elements, requires_grad=original.requires_grad)
 
 
@@ -121,21 +145,18 @@ class Arrangement:
         return Target(shape=tuple(parameter.shape), dtype=dtype)
 
 
-def arranged(
-    module: nn.Module, arrangement: Arrangement, make_source: MakeSource, *on_close: Callable[[], None]
-) -> Offloaded:
+def arranged(module: nn.Module, arrangement: Arrangement, supply: Supply) -> Offloaded:
     """Arrange a module anew.
 
     Args:
         module: complete, in memory.
         arrangement: what goes where.
-        make_source: gives the source of the parameters that do not stay, from them and from what they must be.
-        on_close: called when nothing is read any more.
+        supply: where parameters come from.
 
     Returns:
         What undoes it.
     """
-    done = Offloaded(_on_close=list(on_close))
+    done = Offloaded(supply)
     parameters = dict(module.named_parameters())
     places = _places(module)
     for fqn, parameter in parameters.items():
@@ -147,27 +168,24 @@ def arranged(
             requires_grad=parameter.requires_grad,
         )
     try:
-        _move(module, done, arrangement, make_source)
+        _move(module, done, arrangement, supply)
     except BaseException:
         done.restore()
         raise
-    if arrangement.gives_up:
-        for fqn in arrangement.units:
-            done._originals[fqn].tensor = None
+    for fqn in parameters if arrangement.gives_up else parameters.keys() - arrangement.units.keys():
+        done._originals[fqn].tensor = None
     return done
 
 
-def _move(module: nn.Module, done: Offloaded, arrangement: Arrangement, make_source: MakeSource) -> None:
+def _move(module: nn.Module, done: Offloaded, arrangement: Arrangement, supply: Supply) -> None:
     """Carry an arrangement out; what was done can be restored at any point."""
     parameters, away = dict(module.named_parameters()), arrangement.units
     targets = {fqn: arrangement.target(parameter) for fqn, parameter in parameters.items()}
-    source = make_source({fqn: parameters[fqn] for fqn in away}, targets) if away else None
+    source = supply.source({fqn: parameters[fqn] for fqn in away}, targets)
     for fqn, parameter in parameters.items():
         if fqn not in away:
             parameter.data = parameter.data.to(arrangement.device, getattr(torch, targets[fqn].dtype))
     done._buffers += _move_buffers(module, arrangement.device)
-    if source is None:
-        return
     streamed = Streamed(device=arrangement.device)
     for fqn, unit in away.items():
         original = done._originals[fqn]
@@ -175,8 +193,9 @@ def _move(module: nn.Module, done: Offloaded, arrangement: Arrangement, make_sou
         standing = nn.Parameter(stand_in, requires_grad=original.requires_grad)
         for owner, name in original.places:
             owner[name] = standing
-    done.residency = attach_to(module, streamed, source, Attachment(arrangement.num_slots))
-    done.residency.start()
+    done.residency = attach_to(module, streamed, source, Attachment(arrangement.num_slots, adopt=supply.adopt(module)))
+    if away:
+        done.residency.start()
 
 
 def _places(module: nn.Module) -> dict[int, list[Place]]:

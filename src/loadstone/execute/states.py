@@ -94,7 +94,7 @@ class States:
         if changed and not keep_changed:
             raise StreamedModel(
                 f"{changed[0]}: expected it as it was loaded, found it changed (in place, replaced, cast, moved, or "
-                "with a gradient), which its file cannot give back; save it first, or leave such parameters in memory "
+                "with a gradient), which would not come back; save it first, or leave such parameters in memory "
                 "with park(keep_changed=True)."
             )
         pieces = self._kept.pieces()

@@ -61,8 +61,8 @@ class FromMemory:
     """Memory -> the device, or another place on the host.
 
     Args:
-        homes: by unit.
-        layouts: how each unit lies in a slot, and in which dtypes.
+        homes: by unit; units may come and go.
+        layouts: how each unit lies in a slot, and in which dtypes; may grow.
         destination: where the slots are; closed by whoever made it.
     """
 

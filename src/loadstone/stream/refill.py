@@ -230,6 +230,12 @@ class Refill:
         self.reader = Reader(observer=observer, stage="stream")
         self.files = OpenFiles(streaming_manners(self._versions), checkpoint.files)
 
+    def know(self, checkpoint: Checkpoint) -> None:
+        """Know the tensors of one more checkpoint, whose names are its own."""
+        self.tensors = {**self.tensors, **checkpoint.tensors}
+        self._versions |= {file.path: file for file in checkpoint.files}
+        self.files.add(checkpoint.files)
+
     def add(self, units: Mapping[str, Sequence[Wanted]]) -> None:
         """Know more units; see the class."""
         self._files_of |= {name: self.versions(wanted) for name, wanted in units.items()}

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -266,6 +266,11 @@ class OpenFiles:
             if path not in self._sources:
                 self._sources[path] = self._opened(path)
             return self._sources[path]
+
+    def add(self, files: Sequence[CheckpointFile]) -> None:
+        """Know more files, which are read over and over."""
+        self.manners = {**self.manners, **streaming_manners(file.path for file in files)}
+        self._expected |= {file.path: file for file in files}
 
     def _opened(self, path: Path) -> Source:
         source = Source(path, self.manners[path].mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Protocol
@@ -109,6 +109,18 @@ class FileSource:
         return way.destination.is_host and not any(
             way.rounding(fqn) or way.keep(fqn) is not Keep.DISK for fqn in self._wanted
         )
+
+    def know(self, checkpoint: Checkpoint) -> None:
+        """Know the tensors of one more checkpoint, whose names are its own; for when there is a filler.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self._refill is None:
+            raise RuntimeError("files can be added only to what reads files already")
+        self._refill.know(checkpoint)
+        files = (*self._checkpoint.files, *checkpoint.files)
+        self._checkpoint = replace(self._checkpoint, files=files, tensors=self._refill.tensors)
 
     def add(self, wanted: Mapping[str, Wanted]) -> None:
         """Know more parameters, which are read from their files whenever they are wanted."""
@@ -257,55 +269,89 @@ def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination
     return packed(tensors, layout, destination.slot(layout.nbytes))
 
 
-@dataclass(slots=True)
 class MemorySource:
     """Parameters that are in memory already, which stay the master copy.
 
-    Attributes:
+    Args:
         tensors: by fqn.
-        targets: what each must be where it is computed, by fqn.
+        targets: what each must be where it is computed, by fqn; those that may come later too.
         way: how they travel; a unit that is kept on the disk is none of this source.
         moved: is told of each parameter that was moved to memory of another kind or dtype, with its new tensor.
-        homes: where each unit was put.
     """
 
-    tensors: Mapping[str, torch.Tensor]
-    targets: Mapping[str, Target]
-    way: Way
-    moved: Callable[[str, torch.Tensor], None]
-    homes: dict[str, Home] = field(default_factory=dict)
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        targets: Mapping[str, Target],
+        way: Way,
+        moved: Callable[[str, torch.Tensor], None],
+    ) -> None:
+        self._tensors = tensors
+        self._targets = targets
+        self._way = way
+        self._moved = moved
+        self._homes: dict[str, Home] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._memory = FromMemory(self._homes, self._layouts, way.destination)
+        self._combined = Combined({}, way.destination)
 
     def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """Put each unit where it is kept, and fill slots from there."""
-        destination = self.way.destination
-        layouts = {}
         for name, fqns in groups.items():
             kept = laid_out({fqn: self._kept(fqn) for fqn in fqns})
-            layouts[name] = _arriving(kept, [self.targets[fqn] for fqn in fqns])
-            self.homes[name] = self._home(kept)
-        destination.link.fork()  # homes on the device are made before anything is sent from there
-        return Combined(dict.fromkeys(groups, FromMemory(self.homes, layouts, destination)), destination)
+            self._layouts[name] = _arriving(kept, [self._targets[fqn] for fqn in fqns])
+            self._homes[name] = self._home(kept)
+        self._way.destination.link.fork()  # homes on the device are made before anything is sent from there
+        self._combined.add(groups, self._memory)
+        return self._combined
+
+    def more(self, groups: Groups) -> Filler:
+        """Know of units that are where they are computed; `store` one before it is filled."""
+        self._layouts |= {name: laid_out({fqn: self._targets[fqn] for fqn in fqns}) for name, fqns in groups.items()}
+        self._combined.add(groups, self._memory)
+        return self._combined
+
+    def store(self, unit: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep a copy of a unit in host memory, from where it is filled until `drop`.
+
+        Args:
+            unit: one of those that came later.
+            tensors: its parameters, in the order of its layout.
+        """
+        layout = self._layouts[unit]
+        memory = torch.from_numpy(self._way.destination.link.locked(layout.nbytes))
+        fqns = [place.fqn for place in layout.places]
+        self._homes[unit] = packed(dict(zip(fqns, tensors, strict=True)), layout, memory)
+
+    def drop(self, unit: str) -> None:
+        """The unit is where it is computed; the copy goes, if there is one."""
+        home = self._homes.pop(unit, None)
+        if home is not None and home.whole is not None:
+            self._way.destination.link.unlock(home.whole.numpy())
 
     @property
     def refill(self) -> None:
         """No file is read."""
 
     def has_rows(self, fqn: str) -> bool:
-        """Every table that is computed with as it is kept has rows."""
-        tensor = self.tensors[fqn]
-        return tensor.dim() == 2 and f"torch.{self.targets[fqn].dtype}" == str(tensor.dtype)
+        """Every table that is computed with as it is kept has rows; what comes later is kept so."""
+        target, tensor = self._targets[fqn], self._tensors.get(fqn)
+        return len(target.shape) == 2 and (tensor is None or f"torch.{target.dtype}" == str(tensor.dtype))
 
     def rows(self, fqn: str) -> tuple[Table, torch.Tensor]:
         """The table itself, from which the host takes rows."""
-        return WholeTable(), self.tensors[fqn].detach()
+        for home in self._homes.values():
+            if fqn in home.tensors:
+                return WholeTable(), home.tensors[fqn]
+        return WholeTable(), self._tensors[fqn].detach()
 
     def _kept(self, fqn: str) -> Target:
-        stored = str(self.tensors[fqn].dtype).removeprefix("torch.")
-        return replace(self.targets[fqn], dtype=self.way.rounding(fqn) or stored)
+        stored = str(self._tensors[fqn].dtype).removeprefix("torch.")
+        return replace(self._targets[fqn], dtype=self._way.rounding(fqn) or stored)
 
     def _home(self, layout: Layout) -> Home:
-        near, destination = self.way.keep(layout.places[0].fqn) is Keep.NEAR, self.way.destination
-        tensors = {place.fqn: self.tensors[place.fqn].detach() for place in layout.places}
+        near, destination = self._way.keep(layout.places[0].fqn) is Keep.NEAR, self._way.destination
+        tensors = {place.fqn: self._tensors[place.fqn].detach() for place in layout.places}
         as_it_is = all(
             str(tensors[place.fqn].dtype) == f"torch.{place.target.dtype}" and tensors[place.fqn].is_contiguous()
             for place in layout.places
@@ -315,5 +361,5 @@ class MemorySource:
         locked = None if near else destination.link.locked(layout.nbytes)
         home = packed(tensors, layout, destination.slot(layout.nbytes) if locked is None else torch.from_numpy(locked))
         for fqn, tensor in home.tensors.items():
-            self.moved(fqn, tensor)
+            self._moved(fqn, tensor)
         return home
