@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from loadstone.stream.destination import Destination
+from loadstone.stream.destination import AtDestination, Destination
 from loadstone.stream.filler import Filler, Filling, Known, Layout, unknown
 from loadstone.stream.read import Reader
 
 
-class Combined:
+class Combined(AtDestination):
     """Fills slots from wherever each unit lives.
 
     Args:
@@ -21,9 +21,8 @@ class Combined:
     """
 
     def __init__(self, fillers: Mapping[str, Filler], destination: Destination, *others: Filler) -> None:
-        self.on_host = destination.is_host
+        super().__init__(destination)
         self._fillers = dict(fillers)
-        self._destination = destination
         self._others = others
 
     def add(self, units: Iterable[str], filler: Filler) -> None:
@@ -42,25 +41,9 @@ class Combined:
         """What travels to fill it."""
         return self._fillers[unit].moved_bytes(unit)
 
-    def slot(self, nbytes: int) -> torch.Tensor:
-        """Memory of the destination."""
-        return self._destination.slot(nbytes)
-
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to fill a slot."""
         return self._fillers[unit].fill(unit, slot, priority=priority, known=known)
-
-    def attend(self, slot: torch.Tensor) -> None:
-        """What this thread computes from now on waits for what fills the slot."""
-        self._destination.attend(slot)
-
-    def release(self, slot: torch.Tensor) -> None:
-        """What this thread was asked to compute until now comes before the next fill of the slot."""
-        self._destination.release(slot)
-
-    def forget(self, slot: torch.Tensor) -> None:
-        """What was sent into it has arrived when this returns."""
-        self._destination.forget(slot)
 
     def check(self, unit: str) -> None:
         """Check that what a unit was filled from is still the same."""

@@ -102,3 +102,34 @@ class Destination:
     def close(self) -> None:
         """Wait for the device, and give locked memory back."""
         self.link.close()
+
+
+class AtDestination:
+    """The part of a filler that the destination of what it fills answers.
+
+    Args:
+        destination: where the slots are; closed by whoever made it.
+
+    Attributes:
+        on_host: the slots are memory that the host computes with.
+    """
+
+    def __init__(self, destination: Destination) -> None:
+        self.on_host = destination.is_host
+        self._destination = destination
+
+    def slot(self, nbytes: int) -> torch.Tensor:
+        """Memory of the destination."""
+        return self._destination.slot(nbytes)
+
+    def attend(self, slot: torch.Tensor) -> None:
+        """What this thread computes from now on waits for what fills the slot."""
+        self._destination.attend(slot)
+
+    def release(self, slot: torch.Tensor) -> None:
+        """What this thread was asked to compute until now comes before the next fill of the slot."""
+        self._destination.release(slot)
+
+    def forget(self, slot: torch.Tensor) -> None:
+        """What was sent into it has arrived when this returns."""
+        self._destination.forget(slot)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loadstone.stream.destination import Destination
+from loadstone.stream.destination import AtDestination, Destination
 from loadstone.stream.filler import Filling, Known, Layout, unknown
 from loadstone.stream.read import Reader
 from loadstone.stream.refill import Place
@@ -57,7 +57,7 @@ def packed(tensors: Mapping[str, torch.Tensor], layout: Layout, memory: torch.Te
     return Home(tensors=views, whole=memory, places=layout.places)
 
 
-class FromMemory:
+class FromMemory(AtDestination):
     """Memory -> the device, or another place on the host.
 
     Args:
@@ -67,10 +67,9 @@ class FromMemory:
     """
 
     def __init__(self, homes: Mapping[str, Home], layouts: Mapping[str, Layout], destination: Destination) -> None:
-        self.on_host = destination.is_host
+        super().__init__(destination)
         self._homes = homes
         self._layouts = layouts
-        self._destination = destination
         self._workers = Workers(_NUM_THREADS, "loadstone-copy")
 
     def knows(self, unit: str) -> bool:
@@ -85,10 +84,6 @@ class FromMemory:
         """What is kept of it."""
         return self._homes[unit].nbytes
 
-    def slot(self, nbytes: int) -> torch.Tensor:
-        """Memory of the destination."""
-        return self._destination.slot(nbytes)
-
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to copy a unit: by the device itself, or by a thread of the host."""
         home, layout = self._homes[unit], self._layouts[unit]
@@ -99,18 +94,6 @@ class FromMemory:
         job = Job(home.nbytes, lambda _: move(home, layout, slot, late=False))
         known(job)
         return self._workers.begin(job, priority=priority)
-
-    def attend(self, slot: torch.Tensor) -> None:
-        """What this thread computes from now on waits for what fills the slot."""
-        self._destination.attend(slot)
-
-    def release(self, slot: torch.Tensor) -> None:
-        """What this thread was asked to compute until now comes before the next fill of the slot."""
-        self._destination.release(slot)
-
-    def forget(self, slot: torch.Tensor) -> None:
-        """What was sent into it has arrived when this returns."""
-        self._destination.forget(slot)
 
     def check(self, unit: str) -> None:
         """Memory is nobody else's."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from loadstone.plan.reserve import NUM_BUFFERS
-from loadstone.stream.destination import Destination
+from loadstone.stream.destination import AtDestination, Destination
 from loadstone.stream.filler import Filler, Known, Layout, unknown
 from loadstone.stream.from_memory import Home, move
 from loadstone.stream.read import Reader
@@ -34,7 +34,7 @@ class _Buffer:
     taken: Moved | None = None
 
 
-class Onward:
+class Onward(AtDestination):
     """A filler -> its buffers -> the slots of a destination.
 
     Args:
@@ -44,10 +44,9 @@ class Onward:
     """
 
     def __init__(self, inner: Filler, layouts: Mapping[str, Layout], destination: Destination) -> None:
-        self.on_host = destination.is_host
+        super().__init__(destination)
         self._inner = inner
         self._layouts = dict(layouts)
-        self._destination = destination
         self._usual_bytes = max((inner.layout(unit).nbytes for unit in layouts), default=0)
         self._largest_bytes = self._usual_bytes
         self._workers = Workers(NUM_BUFFERS, "loadstone-send")
@@ -70,27 +69,11 @@ class Onward:
         """What the inner filler moves."""
         return self._inner.moved_bytes(unit)
 
-    def slot(self, nbytes: int) -> torch.Tensor:
-        """Memory of the destination."""
-        return self._destination.slot(nbytes)
-
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Job:
         """Begin to fill a buffer, and to send it on into a slot."""
         job = Job(self.moved_bytes(unit), lambda job: self._pass_on(job, unit, slot, priority))
         known(job)
         return self._workers.begin(job, priority=priority)
-
-    def attend(self, slot: torch.Tensor) -> None:
-        """What this thread computes from now on waits for what fills the slot."""
-        self._destination.attend(slot)
-
-    def release(self, slot: torch.Tensor) -> None:
-        """What this thread was asked to compute until now comes before the next fill of the slot."""
-        self._destination.release(slot)
-
-    def forget(self, slot: torch.Tensor) -> None:
-        """What was sent into it has arrived when this returns."""
-        self._destination.forget(slot)
 
     def check(self, unit: str) -> None:
         """Check what the inner filler checks."""
