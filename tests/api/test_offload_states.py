@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_offload import IDS, Tower, equal, gpu, quiet, room, run, stats, tower
+from test_offload import FP8, IDS, Tower, equal, gpu, quiet, room, run, stats, tower
 from torch import nn
 
 import builders
@@ -17,6 +17,7 @@ import loadstone
 from loadstone.errors import PlanNotSupported, StreamedModel
 from loadstone.execute.values import States
 from loadstone.hardware.fake import FakeLink
+from loadstone.stream.from_memory import FromMemory
 
 __all__ = ["gpu", "quiet"]  # fixtures
 
@@ -253,3 +254,55 @@ def test_memory_is_given_back_when_the_device_has_too_little(home: str) -> None:
     loaded.residency.ask(-10_000_000)
     assert away(model) == set()
     assert torch.equal(run(model), expected)
+
+
+NEAR = [
+    States(ready=("cpu", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16"), staged_bytes=36_000),
+    States(ready=("cpu", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16")),
+    States(ready=("disk", None), staged=("cuda:0", FP8), computing=("cuda:0", "bfloat16"), staged_bytes=36_000),
+]
+
+
+@pytest.mark.parametrize("states", NEAR, ids=str)
+@pytest.mark.usefixtures("gpu")
+def test_what_is_kept_near_leaves_the_device_too(states: States) -> None:
+    model = tower()
+    model.shift = model.shift.bfloat16()
+    loadstone.offload(model, states=states)
+    expected, loaded = run(model), loadstone.of(model)
+    for _ in range(2):
+        assert near(model)
+        loaded.park()
+        assert not near(model)
+        assert torch.equal(run(model), expected)
+    loaded.park()
+    loaded.restore()
+    assert torch.equal(run(model.bfloat16()), expected)
+
+
+def near(model: nn.Module) -> list[str]:
+    """The units whose master copy is on the device."""
+    memories = {id(one): one for one in gc.get_objects() if isinstance(one, FromMemory)}
+    assert loadstone.of(model)
+    return [unit for memory in memories.values() for unit, home in memory._homes.items() if home.is_near]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_memory_of_a_real_device_is_given_back(home: str) -> None:
+    model = tower()
+    before = torch.cuda.memory_allocated()
+    expected = run(model.cuda(), IDS.cuda())
+    loadstone.offload(model.cpu(), device="cuda", max_memory=800_000, home=home)
+    loaded = loadstone.of(model)
+    for _ in range(3):
+        assert torch.equal(run(model, IDS.cuda()), expected)
+        loaded.park()
+        assert torch.cuda.memory_allocated() - before < 100_000
+    states = States(ready=(home, None), staged=("cuda:0", FP8), computing=("cuda:0", None))
+    loaded.restore()
+    loadstone.offload(model, states=states)
+    expected = run(model, IDS.cuda())
+    loadstone.of(model).park()
+    assert torch.cuda.memory_allocated() - before < 100_000
+    assert torch.equal(run(model, IDS.cuda()), expected)

@@ -59,7 +59,7 @@ class Combined(AtDestination):
         return tuple(dict.fromkeys(reader for filler in self._each() for reader in filler.readers()))
 
     def rest(self) -> None:
-        """Have the fillers rest; what is at home stays there, locked."""
+        """Have the fillers rest; what is at home on the host stays there, locked."""
         for filler in self._each():
             filler.rest()
         self._destination.rest()

@@ -6,13 +6,14 @@ arrive.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from loadstone.stream.destination import AtDestination, Destination
 from loadstone.stream.filler import Filling, Known, Layout, unknown
+from loadstone.stream.memory import anonymous
 from loadstone.stream.read import Reader
 from loadstone.stream.refill import Place
 from loadstone.stream.transfer import Moved
@@ -30,31 +31,46 @@ class Home:
         tensors: its parameters by fqn, contiguous.
         whole: the memory they all lie in, where that is so.
         places: how they lie there.
+        is_near: that memory is of the device that computes.
     """
 
     tensors: Mapping[str, torch.Tensor]
     whole: torch.Tensor | None = None
     places: tuple[Place, ...] = ()
+    is_near: bool = False
 
     @property
     def nbytes(self) -> int:
         """What it takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    @property
+    def nbytes_with_gaps(self) -> int:
+        """What the memory takes that they all lie in."""
+        return self.nbytes if self.whole is None else self.whole.numel()
 
-def packed(tensors: Mapping[str, torch.Tensor], layout: Layout, memory: torch.Tensor) -> Home:
+
+def packed(tensors: Mapping[str, torch.Tensor], layout: Layout, memory: torch.Tensor, *, is_near: bool = False) -> Home:
     """Copy parameters into memory of their own.
 
     Args:
         tensors: by fqn.
         layout: how they are to lie there, and in which dtypes.
         memory: shape (layout.nbytes,), uint8.
+        is_near: it is of the device that computes.
     """
     views = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
     with torch.no_grad():
         for fqn, view in views.items():
             view.copy_(tensors[fqn])
-    return Home(tensors=views, whole=memory, places=layout.places)
+    return Home(tensors=views, whole=memory, places=layout.places, is_near=is_near)
+
+
+Rehomed = Callable[[str, torch.Tensor], None]
+
+
+def unnoticed(_fqn: str, _tensor: torch.Tensor) -> None:
+    """Nobody else holds what is at home."""
 
 
 class FromMemory(AtDestination):
@@ -64,12 +80,21 @@ class FromMemory(AtDestination):
         homes: by unit; units may come and go.
         layouts: how each unit lies in a slot, and in which dtypes; may grow.
         destination: where the slots are; closed by whoever made it.
+        moved: is told of each parameter whose master copy went elsewhere, with its new tensor.
     """
 
-    def __init__(self, homes: Mapping[str, Home], layouts: Mapping[str, Layout], destination: Destination) -> None:
+    def __init__(
+        self,
+        homes: dict[str, Home],
+        layouts: Mapping[str, Layout],
+        destination: Destination,
+        moved: Rehomed = unnoticed,
+    ) -> None:
         super().__init__(destination)
         self._homes = homes
         self._layouts = layouts
+        self._moved = moved
+        self._away_from_home: set[str] = set()
         self._workers = Workers(_NUM_THREADS, "loadstone-copy")
 
     def knows(self, unit: str) -> bool:
@@ -86,6 +111,8 @@ class FromMemory(AtDestination):
 
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to copy a unit: by the device itself, or by a thread of the host."""
+        if unit in self._away_from_home:
+            self._come_home(unit)
         home, layout = self._homes[unit], self._layouts[unit]
         if self._destination.is_late:
             sent = Sent(home.nbytes, self._destination.send(slot, lambda: move(home, layout, slot, late=True)))
@@ -106,12 +133,31 @@ class FromMemory(AtDestination):
         return ()
 
     def rest(self) -> None:
-        """End the threads; what is at home stays there."""
+        """End the threads, and have what is kept near leave the device; what is at home on the host stays there."""
         self._workers.close()
+        if self._destination.is_host:
+            return
+        for unit in [unit for unit, home in self._homes.items() if home.is_near]:
+            home = self._homes[unit]
+            self._move_home(unit, torch.from_numpy(anonymous(home.nbytes_with_gaps)), is_near=False)
+            self._away_from_home.add(unit)
 
     def close(self) -> None:
-        """The same."""
-        self.rest()
+        """End the threads."""
+        self._workers.close()
+
+    def _come_home(self, unit: str) -> None:
+        """Have what left the device there again."""
+        self._move_home(unit, self._destination.slot(self._homes[unit].nbytes_with_gaps), is_near=True)
+        self._away_from_home.remove(unit)
+        self._destination.link.fork()  # it is there before anything is sent from it
+
+    def _move_home(self, unit: str, memory: torch.Tensor, *, is_near: bool) -> None:
+        home = self._homes[unit]
+        layout = Layout(places=home.places, nbytes=home.nbytes_with_gaps)
+        self._homes[unit] = packed(home.tensors, layout, memory, is_near=is_near)
+        for fqn, tensor in self._homes[unit].tensors.items():
+            self._moved(fqn, tensor)
 
 
 class Sent:

@@ -18,7 +18,7 @@ from loadstone.stream.combined import Combined
 from loadstone.stream.destination import Destination
 from loadstone.stream.filler import Filler, Layout, laid_out
 from loadstone.stream.from_files import FromFiles
-from loadstone.stream.from_memory import FromMemory, Home, packed
+from loadstone.stream.from_memory import FromMemory, Home, Rehomed, packed
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.onward import Onward
 from loadstone.stream.rearrange import is_rearranged
@@ -81,6 +81,15 @@ def host_way() -> Way:
     return Way(destination=Destination(torch.device("cpu"), NoLink()))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chained:
+    """What further units go through: `rounding`, where there is one, then `onward`, of which `combined` knows."""
+
+    combined: Combined
+    onward: Onward
+    rounding: Onward | None
+
+
 class FileSource:
     """Files that hold the parameters.
 
@@ -100,7 +109,7 @@ class FileSource:
         self._observer = observer
         self._refill: Refill | None = None
         self._files: FromFiles | None = None
-        self._chained: tuple[Combined, Onward] | None = None
+        self._chained: _Chained | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -137,10 +146,12 @@ class FileSource:
         self._refill.add(self._read(groups))
         if self._chained is None:
             return self._files
-        combined, onward = self._chained
-        onward.add({name: self._arriving(self._files.layout(name)) for name in groups})
-        combined.add(groups, onward)
-        return combined
+        layouts = {name: self._files.layout(name) for name in groups}
+        if self._chained.rounding is not None:  # what was loaded to stay is not rounded, but takes the same way
+            self._chained.rounding.add(layouts)
+        self._chained.onward.add({name: self._arriving(layout) for name, layout in layouts.items()})
+        self._chained.combined.add(groups, self._chained.onward)
+        return self._chained.combined
 
     def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """The shortest chain that ends in the destination."""
@@ -160,9 +171,9 @@ class FileSource:
         way = self._way
         rounded = {name: _rounded(files.layout(name), way.rounding) for name in (*groups, *tables)}
         slots = {name: self._arriving(layout) for name, layout in rounded.items()}
-        inner: Filler = files
-        if any(rounded[name] is not files.layout(name) for name in rounded):
-            inner = Onward(files, rounded, Destination(torch.device("cpu"), NoLink()))
+        rounds = any(rounded[name] is not files.layout(name) for name in rounded)
+        rounding = Onward(files, rounded, Destination(torch.device("cpu"), NoLink())) if rounds else None
+        inner: Filler = files if rounding is None else rounding
         kept = {name: keep for name in groups if (keep := way.keep(slots[name].places[0].fqn)) is not Keep.DISK}
         read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
         homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
@@ -172,7 +183,7 @@ class FileSource:
         onward.add({name: slots[name] for name in tables})
         fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in slots}
         combined = Combined(fillers, way.destination, onward)
-        self._chained = combined, onward
+        self._chained = _Chained(combined=combined, onward=onward, rounding=rounding)
         return combined
 
     def _arriving(self, layout: Layout) -> Layout:
@@ -266,7 +277,7 @@ def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination
     inner.fill(unit, read).wait()
     inner.check(unit)
     tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(read), strict=True)}
-    return packed(tensors, layout, destination.slot(layout.nbytes))
+    return packed(tensors, layout, destination.slot(layout.nbytes), is_near=True)
 
 
 class MemorySource:
@@ -284,7 +295,7 @@ class MemorySource:
         tensors: Mapping[str, torch.Tensor],
         targets: Mapping[str, Target],
         way: Way,
-        moved: Callable[[str, torch.Tensor], None],
+        moved: Rehomed,
     ) -> None:
         self._tensors = tensors
         self._targets = targets
@@ -292,7 +303,7 @@ class MemorySource:
         self._moved = moved
         self._homes: dict[str, Home] = {}
         self._layouts: dict[str, Layout] = {}
-        self._memory = FromMemory(self._homes, self._layouts, way.destination)
+        self._memory = FromMemory(self._homes, self._layouts, way.destination, moved)
         self._combined = Combined({}, way.destination)
 
     def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
@@ -359,7 +370,8 @@ class MemorySource:
         if as_it_is and not near and not destination.is_late and destination.device.type == "cpu":
             return Home(tensors=tensors)
         locked = None if near else destination.link.locked(layout.nbytes)
-        home = packed(tensors, layout, destination.slot(layout.nbytes) if locked is None else torch.from_numpy(locked))
+        memory = destination.slot(layout.nbytes) if locked is None else torch.from_numpy(locked)
+        home = packed(tensors, layout, memory, is_near=near)
         for fqn, tensor in home.tensors.items():
             self._moved(fqn, tensor)
         return home
