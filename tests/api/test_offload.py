@@ -64,6 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLink]]:
     monkeypatch.setitem(transfer.STAND_INS, "cuda:0", "cpu")
     monkeypatch.setitem(transfer.LINKS, "cpu", link)
     yield links
+    gc.collect()
     for made in links:
         assert made.num_locked_bytes == 0
 
@@ -426,7 +427,11 @@ def test_the_examples_of_the_readme_run_as_they_stand() -> None:
     expected = run(unet)
     exec(example('home="disk")'), {"loadstone": loadstone, "unet": unet})
     assert torch.equal(run(unet), expected)
-    unet.shift = unet.shift.bfloat16()
-    exec(example("ready=("), {"loadstone": loadstone, "unet": unet})
-    assert torch.equal(run(unet), run(rounded(tower(), torch.float8_e4m3fn).bfloat16()))
-    loadstone.of(unet).restore()
+    text_encoder = tower()
+    for model in (unet, text_encoder):
+        model.shift = model.shift.bfloat16()
+    exec(example("ready=("), {"loadstone": loadstone, "unet": unet, "text_encoder": text_encoder})
+    for model in (unet, text_encoder):
+        assert torch.equal(run(model), run(rounded(tower(), torch.float8_e4m3fn).bfloat16()))
+        loadstone.of(model).park()
+        loadstone.of(model).restore()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ from torch import nn
 
 import builders
 import loadstone
-from loadstone.errors import PlanNotSupported, StreamedModel
+from loadstone.errors import LoadstoneError, PlanNotSupported, StreamedModel
 from loadstone.execute.values import States
 from loadstone.hardware.fake import FakeLink
-from loadstone.stream.from_memory import FromMemory
+from loadstone.stream.from_memory import FromMemory, Home
 
 __all__ = ["gpu", "quiet"]  # fixtures
 
@@ -184,6 +186,31 @@ def test_a_parameter_that_would_lose_something_is_refused() -> None:
     assert loaded.is_parked
 
 
+class Adapted(nn.Module):
+    """A block with something beside it, as adapters are put in."""
+
+    def __init__(self, base: nn.Module, width: int) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.beside = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.base_layer(x) + self.beside(x)
+        return found
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.usefixtures("gpu")
+def test_what_was_added_since_goes_and_comes_too(home: str) -> None:
+    model = loadstone.offload(tower(), device="cuda", max_memory="1GB", home=home)
+    model.blocks[2] = Adapted(model.blocks[2], 128)
+    expected, loaded = run(model), loadstone.of(model)
+    for _ in range(2):
+        loaded.park()
+        assert "blocks.2.beside.weight" in away(model)
+        assert torch.equal(run(model), expected)
+
+
 def test_what_is_in_ram_already_cannot_leave_for_it() -> None:
     loaded = loadstone.of(loadstone.offload(tower(), max_memory=650_000))
     for ask in (loaded.park, lambda: loaded.park("ram"), lambda: loaded.limit("1GB")):
@@ -205,7 +232,7 @@ def test_fifty_rounds_leave_nothing_behind(gpu: list[FakeLink], home: str) -> No
     model = loadstone.offload(tower(), device="cuda", max_memory=800_000, home=home)
     loaded, expected = loadstone.of(model), run(model)
     loaded.park()
-    loaded.wake()
+    assert torch.equal(run(model), expected)
     gc.collect()  # what others left open
     locked, descriptors = gpu[-1].num_locked_bytes, len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(50):
@@ -280,11 +307,75 @@ def test_what_is_kept_near_leaves_the_device_too(states: States) -> None:
     assert torch.equal(run(model.bfloat16()), expected)
 
 
+def units_in_memory(model: nn.Module) -> dict[str, Home]:
+    """The units that are at home in memory, with their homes."""
+    residency = loadstone.of(model).residency
+    assert residency is not None
+    fillers = residency._filler._fillers.values()  # type: ignore[attr-defined]
+    found = {id(filler): filler for filler in fillers if isinstance(filler, FromMemory)}
+    return {unit: home for filler in found.values() for unit, home in filler._homes.items()}
+
+
 def near(model: nn.Module) -> list[str]:
     """The units whose master copy is on the device."""
-    memories = {id(one): one for one in gc.get_objects() if isinstance(one, FromMemory)}
-    assert loadstone.of(model)
-    return [unit for memory in memories.values() for unit, home in memory._homes.items() if home.is_near]
+    return [unit for unit, home in units_in_memory(model).items() if home.is_near]
+
+
+PARKED_ON_DISK = [
+    States(parked=("disk", None), ready=("cpu", FP8), staged=("cuda:0", "bfloat16"), computing=("cuda:0", "bfloat16")),
+    States(parked=("disk", None), ready=("cpu", FP8), staged=("cpu", FP8), computing=("cuda:0", "bfloat16")),
+    States(parked=("disk", FP8), ready=("cpu", None), staged=("cpu", None), computing=("cuda:0", "bfloat16")),
+    States(parked=("disk", None), ready=("cpu", None), staged=("cpu", None), computing=("cuda:0", None)),
+]
+
+
+@pytest.mark.parametrize("from_files", [True, False])
+@pytest.mark.parametrize("states", PARKED_ON_DISK, ids=str)
+def test_a_module_at_home_in_ram_can_be_parked_on_the_disk(
+    gpu: list[FakeLink], llama_folder: Path, caches: Path, states: States, from_files: bool
+) -> None:
+    model: Any = loadstone.load(llama_folder, states=states) if from_files else tower()
+    if not from_files:
+        model.shift = model.shift.to(torch.bfloat16 if states.computing[1] else torch.float32)
+        loadstone.offload(model, states=states)
+    expected, loaded = tensor(run(model)), loadstone.of(model)
+    for place in (None, "disk", "ram", "disk"):
+        before = gpu[-1].num_locked_bytes
+        assert loaded.park() if place is None else loaded.park(place)
+        if place != "ram":
+            assert not units_in_memory(model)
+            assert gpu[-1].num_locked_bytes == 0
+        loaded.wake()
+        assert torch.equal(tensor(run(model)), expected)
+        assert gpu[-1].num_locked_bytes == before
+    assert (caches / "loadstone" / "offload").exists() != from_files
+    loaded.park()
+    loaded.restore()
+    assert away(model) == set()
+
+
+def tensor(found: Any) -> torch.Tensor:
+    """What `run` gave, of a model that gives logits or of one that gives a tensor."""
+    logits: torch.Tensor = getattr(found, "logits", found)
+    return logits
+
+
+def test_a_file_that_changed_while_a_module_at_home_in_ram_was_parked_is_named(
+    gpu: list[FakeLink], llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "own"))
+    model: Any = loadstone.load(folder, states=PARKED_ON_DISK[3])
+    loaded = loadstone.of(model)
+    expected = tensor(run(model))
+    loaded.park()
+    path = next(folder.glob("*.safetensors"))
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(LoadstoneError, match=path.name):
+        run(model)
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert torch.equal(tensor(run(model)), expected)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,6 @@ from loadstone.execute.values import States
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, resident
 from loadstone.plan.choose import Choice
 from loadstone.plan.load_peak import LoadPeak
-from loadstone.plan.values import HOST
 from loadstone.report.load_report import LoadReport
 from loadstone.units import format_bytes
 
@@ -97,15 +96,9 @@ def _offloaded(model: nn.Module, asked: Asked, known: Loaded | None, *, fresh: b
             told.text = _line(done)
     report = _report(model, choice, recorder, known)
     report = replace(report, seconds=time.perf_counter() - start, before=before, peak=watch.peak)
-    made = _Record(done, known, _parking(choice))
+    made = _Record(done, known, choice.parking)
     remember(model, Loaded(model, report=report, residency=done.residency if choice.away else None, arranged=made))
     return model
-
-
-def _parking(choice: Chosen) -> tuple[str, ...]:
-    """Where a module can be parked: not where it is already, and not on a disk that is not its home."""
-    places = ("disk", "ram") if choice.on_disk else ("ram",)
-    return tuple(place for place in places if place != "ram" or choice.device != HOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +124,7 @@ class _Record:
 
 
 def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None, *, fresh: bool) -> Offloaded:
-    from loadstone.api.supply import FromDisk, FromMemory
+    from loadstone.api.supply import DiskSupply, MemorySupply
     from loadstone.execute.offload import Arrangement, arranged
     from loadstone.stream.destination import Destination
     from loadstone.stream.sources import Way
@@ -147,8 +140,8 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None, *, fresh: 
     )
     way = Way(destination=Destination(device), keep=choice.keep, rounding=choice.rounding)
     if not choice.on_disk:
-        return arranged(model, arrangement, FromMemory(way))
-    supply = FromDisk(way, known.origin if known is not None else None, is_fresh=fresh)
+        return arranged(model, arrangement, MemorySupply(way))
+    supply = DiskSupply(way, known.origin if known is not None else None, is_fresh=fresh)
     weakref.finalize(model, supply.close)
     return arranged(model, arrangement, supply)
 

@@ -43,7 +43,8 @@ class Chosen:
         away: what comes and goes.
         keep: where a parameter is kept that does, by fqn.
         rounding: the dtype that a parameter is rounded to where it is kept, by fqn.
-        on_disk: whether what comes and goes is on the disk.
+        on_disk: whether what comes and goes is on the disk, at home or where it is parked.
+        parking: where the module can be parked, the usual place first.
         num_slots: how many units are at hand at a time.
         text: all of it in a line.
     """
@@ -55,6 +56,7 @@ class Chosen:
     keep: Callable[[str], Keep]
     rounding: Callable[[str], str | None]
     on_disk: bool
+    parking: tuple[str, ...]
     num_slots: int
     text: str
 
@@ -107,12 +109,14 @@ def _check(states: States, machine: Machine) -> None:
     computing = device_id(states.computing[0], machine)
     if states.ready[0] not in (HOST, DISK):
         raise ValueError(f'states: ready on "{states.ready[0]}"; expected "disk" or "cpu".')
+    if states.parked is not None and states.parked[0] not in (HOST, DISK):
+        raise ValueError(f'states: parked on "{states.parked[0]}"; expected "disk" or "cpu".')
     near = states.staged[0] if states.staged[0] in (HOST, DISK) else device_id(states.staged[0], machine)
     if near not in (states.ready[0], HOST, computing):
         raise ValueError(
             f'states: staged on "{near}"; expected the home "{states.ready[0]}", "cpu" or the computing "{computing}".'
         )
-    for state in (states.ready, states.staged, states.computing):
+    for state in (states.parked or states.ready, states.ready, states.staged, states.computing):
         if state[1] is not None and (state[1] not in DTYPES or not DTYPES[state[1]].floating):
             raise ValueError(f'states: "{state[1]}" is no floating-point dtype that torch has.')
 
@@ -141,6 +145,7 @@ def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str 
     beside = Keep.NEAR if near == device else Keep.HOST
     kept_near = set(_fqns([part for part in sizes.parts if part.unit in staged]))
     parts = tuple(part for part in sizes.parts if part.unit in away)
+    parked = (states.parked or states.ready)[0]
     stays = sum(unit.memory_bytes for unit in sizes.units if unit.name not in away) + sizes.other_bytes
     return Chosen(
         device=device,
@@ -149,11 +154,19 @@ def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str 
         away=parts,
         keep=lambda fqn: beside if fqn in kept_near else home,
         rounding=rounding,
-        on_disk=home is Keep.DISK,
+        on_disk=DISK in (states.ready[0], parked),
+        parking=_parking(device, states.ready[0], parked),
         num_slots=num_slots,
         text=f"{format_bytes(stays)} stay on {device}, {len(parts)} units come and go"
         + (f", {len(staged)} of them kept near" if staged else ""),
     )
+
+
+def _parking(device: str, home: str, parked: str) -> tuple[str, ...]:
+    """Where the module can be parked: not where it computes, and not on a disk that holds nothing of it."""
+    places = {DISK: "disk", HOST: "ram"}
+    usual = [parked, *(place for place in (DISK, HOST) if place != parked and (place == HOST or home == DISK))]
+    return tuple(places[place] for place in usual if place != device)
 
 
 def _fqns(parts: Sequence[Part]) -> list[str]:
@@ -161,10 +174,11 @@ def _fqns(parts: Sequence[Part]) -> list[str]:
 
 
 def _rounding(model: nn.Module, states: States) -> Callable[[str], str | None]:
-    """Matrices of blocks are rounded to the narrower of what they are kept in at home and near."""
+    """Matrices of blocks are rounded to the narrowest of what they are kept in."""
     from loadstone.execute.divide import divided
 
-    asked = [dtype for dtype in (states.ready[1], states.staged[1]) if dtype is not None]
+    kept = (states.parked or states.ready, states.ready, states.staged)
+    asked = [dtype for _, dtype in kept if dtype is not None]
     found: dict[str, str] = {}
     parameters = dict(model.named_parameters())
     for part in divided(model):

@@ -163,9 +163,9 @@ class Loaded:
         model that is parked already stays so.
 
         Args:
-            to: where the weights come back from. "disk": their files, which take no memory, or for a module that was
-                offloaded to the disk a file of its own. "ram": copies in host memory, for a model on an accelerator.
-                By default "disk", or "ram" for a module whose home host memory is.
+            to: where the weights come back from. "disk": their files, which take no memory, or for a module that
+                `loadstone.offload` arranged with the disk a file of its own. "ram": host memory, for a model on an
+                accelerator. By default "disk", or where `offload` was told to park it.
             keep_changed: leave parameters that are not as they were loaded where they are, instead of refusing. What
                 torch does not count as a change (writes through `.data` or numpy) is not seen, and lost.
 
@@ -187,7 +187,8 @@ class Loaded:
                 "it leave, and its files give it back."
                 if to == "ram"
                 else 'park: expected a module whose home is the disk for to="disk", found one that loadstone.offload '
-                'has arranged with host memory as its home; park("ram") lets it leave its device.'
+                'has arranged with host memory as its home; park("ram") lets it leave its device, and '
+                'States(parked=("disk", None)) arranges it for both.'
             )
         return residency.change(lambda states: states.park(keep_changed=keep_changed, copied=to == "ram"))
 

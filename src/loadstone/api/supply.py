@@ -23,7 +23,7 @@ Parameters = Mapping[str, nn.Parameter]
 Targets = Mapping[str, Target]
 
 
-class FromMemory:
+class MemorySupply:
     """Host memory, where parameters remain the master copy.
 
     Args:
@@ -53,7 +53,7 @@ class FromMemory:
         """Memory need not be closed."""
 
 
-class FromDisk:
+class DiskSupply:
     """The files that parameters were loaded from, if they are still the same; else a file without a name.
 
     Args:

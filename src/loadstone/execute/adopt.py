@@ -125,12 +125,15 @@ def _shelved(
     module = reference()
     if module is None:
         return Adopted()
-    chosen, fqn_by_id = Streamed(), {}
+    chosen, targets, fqn_by_id = Streamed(), {}, {}
     names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
     for path, owner, parameter in _parameters(module):
         if _can_go(path, owner):
-            chosen.units[names[id(parameter)]] = _unit_of(module, path)
-            fqn_by_id[id(parameter)] = names[id(parameter)]
+            fqn = fqn_by_id[id(parameter)] = names[id(parameter)]
+            chosen.units[fqn] = _unit_of(module, path)
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            targets[fqn] = Target(shape=tuple(parameter.shape), dtype=dtype)
+    source.know(targets)
     units = _units(module, chosen, fqn_by_id, source, residency, taken)
     for unit in units:
         unit.is_kept, unit.shelf = True, source

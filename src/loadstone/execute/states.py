@@ -106,7 +106,7 @@ class States:
         kept = frozenset(piece.name for piece in pieces if piece.is_kept)
         nbytes = self._kept.demote(kept, copied=copied)
         self.parked = kept
-        self.stream()
+        self.stream(leaves_memory=not copied)
         return nbytes
 
     def wake(self) -> None:
@@ -122,6 +122,7 @@ class States:
                 self._filler.rest()  # it stays parked, with all that this means
                 raise
             self._kept.drop_copies()
+            self._filler.rest()  # what came back may have needed larger buffers than what is streamed
             self.parked = None
             self.stream()
 
@@ -187,8 +188,12 @@ class States:
             else "Nothing is left that Loadstone could give back; use a shorter context or a smaller batch."
         )
 
-    def stream(self) -> None:
-        """Have slots for what is not kept, and watch memory meanwhile; nothing at all for a model that is parked."""
+    def stream(self, *, leaves_memory: bool = False) -> None:
+        """Have slots for what is not kept, and watch memory meanwhile; nothing at all for a model that is parked.
+
+        Args:
+            leaves_memory: of one that is, what is at home in memory goes too, if it can be read again.
+        """
         away = [unit for unit in self.units.values() if not unit.is_kept and unit.entries and self.parked is None]
         away.sort(key=lambda unit: unit.order)
         self._ring.stream([unit.name for unit in away], max(self._num_slots, _deepest(away)))
@@ -202,7 +207,7 @@ class States:
                 table.drop()
         if self.room is not None:
             self.room.rest()
-        self._filler.rest()
+        self._filler.rest(leaves_memory=leaves_memory)
 
     def _as_woken(self, piece: spread.Piece) -> spread.Piece:
         return piece if self.parked is None else replace(piece, is_kept=piece.name in self.parked)

@@ -113,6 +113,8 @@ class States:
     and heads, is on the computing device.
 
     Attributes:
+        parked: while the model is not in use: on the `disk`, or in the host's memory, `cpu`; None for where they are
+            ready. On the disk that is the files that the model was loaded from, or a file of its own.
         ready: at home: on the `disk`, or in the host's memory, `cpu`.
         staged: what is kept near, while `staged_bytes` allow: in the host's memory, or on the computing device. The
             home itself, where nothing is to be kept.
@@ -120,6 +122,7 @@ class States:
         staged_bytes: the most that staged blocks take together, each whole; None for all of them.
     """
 
+    parked: tuple[str, str | None] | None = None
     ready: tuple[str, str | None] = ("cpu", None)
     staged: tuple[str, str | None] = ("cpu", None)
     computing: tuple[str, str | None] = ("cpu", None)

@@ -58,10 +58,10 @@ class Combined(AtDestination):
         """Those of the fillers."""
         return tuple(dict.fromkeys(reader for filler in self._each() for reader in filler.readers()))
 
-    def rest(self) -> None:
-        """Have the fillers rest; what is at home on the host stays there, locked."""
+    def rest(self, *, leaves_memory: bool = False) -> None:
+        """Have the fillers rest."""
         for filler in self._each():
-            filler.rest()
+            filler.rest(leaves_memory=leaves_memory)
         self._destination.rest()
 
     def close(self) -> None:

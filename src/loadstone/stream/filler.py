@@ -132,8 +132,12 @@ class Filler(Protocol):
     def readers(self) -> tuple[Reader, ...]:
         """What reads files for it; none where all of it comes from memory."""
 
-    def rest(self) -> None:
-        """End threads, close files, give back what is only needed on the way, until something is filled again."""
+    def rest(self, *, leaves_memory: bool = False) -> None:
+        """End threads, close files, give back what is only needed on the way, until something is filled again.
+
+        Args:
+            leaves_memory: give back what is at home in memory too, if it can be read again.
+        """
 
     def close(self) -> None:
         """The same for good."""

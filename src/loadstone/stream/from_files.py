@@ -71,8 +71,9 @@ class FromFiles:
         """The one there is."""
         return (self._refill.reader,)
 
-    def rest(self) -> None:
-        """End the threads and close the files, until something is read again."""
+    def rest(self, *, leaves_memory: bool = False) -> None:
+        """End the threads and close the files, until something is read again; nothing is at home in memory."""
+        del leaves_memory
         self._refill.close()
 
     def close(self) -> None:

@@ -81,6 +81,7 @@ class FromMemory(AtDestination):
         layouts: how each unit lies in a slot, and in which dtypes; may grow.
         destination: where the slots are; closed by whoever made it.
         moved: is told of each parameter whose master copy went elsewhere, with its new tensor.
+        again: makes a unit's home anew; None where it is the only copy.
     """
 
     def __init__(
@@ -89,17 +90,20 @@ class FromMemory(AtDestination):
         layouts: Mapping[str, Layout],
         destination: Destination,
         moved: Rehomed = unnoticed,
+        again: Callable[[str], Home] | None = None,
     ) -> None:
         super().__init__(destination)
         self._homes = homes
         self._layouts = layouts
         self._moved = moved
-        self._away_from_home: set[str] = set()
+        self._again = again
+        self._off_device: set[str] = set()
+        self._left_bytes: dict[str, int] = {}
         self._workers = Workers(_NUM_THREADS, "loadstone-copy")
 
     def knows(self, unit: str) -> bool:
-        """Whether it has a home."""
-        return unit in self._homes
+        """Whether it has a home, or can have it again."""
+        return unit in self._homes or unit in self._left_bytes
 
     def layout(self, unit: str) -> Layout:
         """How a unit lies in a slot."""
@@ -107,12 +111,12 @@ class FromMemory(AtDestination):
 
     def moved_bytes(self, unit: str) -> int:
         """What is kept of it."""
-        return self._homes[unit].nbytes
+        return self._left_bytes[unit] if unit in self._left_bytes else self._homes[unit].nbytes
 
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to copy a unit: by the device itself, or by a thread of the host."""
-        if unit in self._away_from_home:
-            self._come_home(unit)
+        if self._left_bytes or self._off_device:
+            self._come_home()
         home, layout = self._homes[unit], self._layouts[unit]
         if self._destination.is_late:
             sent = Sent(home.nbytes, self._destination.send(slot, lambda: move(home, layout, slot, late=True)))
@@ -132,25 +136,38 @@ class FromMemory(AtDestination):
         """No file is read."""
         return ()
 
-    def rest(self) -> None:
-        """End the threads, and have what is kept near leave the device; what is at home on the host stays there."""
+    def rest(self, *, leaves_memory: bool = False) -> None:
+        """End the threads; what is kept near leaves the device, or, with what else can be made anew, memory.
+
+        All of it comes home with the next fill.
+        """
         self._workers.close()
-        if self._destination.is_host:
-            return
-        for unit in [unit for unit, home in self._homes.items() if home.is_near]:
-            home = self._homes[unit]
-            self._move_home(unit, torch.from_numpy(anonymous(home.nbytes_with_gaps)), is_near=False)
-            self._away_from_home.add(unit)
+        if leaves_memory and self._again is not None:
+            for unit, home in self._homes.items():
+                self._left_bytes[unit] = home.nbytes
+                if home.whole is not None and not home.is_near:
+                    self._destination.link.unlock(home.whole.numpy())
+            self._homes.clear()
+            self._off_device.clear()
+        elif not self._destination.is_host:
+            for unit in [unit for unit, home in self._homes.items() if home.is_near]:
+                self._move_home(unit, torch.from_numpy(anonymous(self._homes[unit].nbytes_with_gaps)), is_near=False)
+                self._off_device.add(unit)
 
     def close(self) -> None:
         """End the threads."""
         self._workers.close()
 
-    def _come_home(self, unit: str) -> None:
-        """Have what left the device there again."""
-        self._move_home(unit, self._destination.slot(self._homes[unit].nbytes_with_gaps), is_near=True)
-        self._away_from_home.remove(unit)
-        self._destination.link.fork()  # it is there before anything is sent from it
+    def _come_home(self) -> None:
+        """Have every unit that left where it was before."""
+        if (again := self._again) is not None:
+            for unit in list(self._left_bytes):
+                self._homes[unit] = again(unit)
+                del self._left_bytes[unit]
+        for unit in list(self._off_device):
+            self._move_home(unit, self._destination.slot(self._homes[unit].nbytes_with_gaps), is_near=True)
+            self._off_device.remove(unit)
+        self._destination.link.fork()  # they are there before anything is sent from them
 
     def _move_home(self, unit: str, memory: torch.Tensor, *, is_near: bool) -> None:
         home = self._homes[unit]

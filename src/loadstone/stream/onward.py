@@ -87,9 +87,9 @@ class Onward(AtDestination):
         """Those of the inner filler."""
         return self._inner.readers()
 
-    def rest(self) -> None:
+    def rest(self, *, leaves_memory: bool = False) -> None:
         """End the threads, and let their buffers go when the device has taken what is in them."""
-        self._inner.rest()
+        self._inner.rest(leaves_memory=leaves_memory)
         self._workers.close()
         for buffer in self._buffers:
             self._let_go(buffer)

@@ -175,13 +175,20 @@ class FileSource:
         rounding = Onward(files, rounded, Destination(torch.device("cpu"), NoLink())) if rounds else None
         inner: Filler = files if rounding is None else rounding
         kept = {name: keep for name in groups if (keep := way.keep(slots[name].places[0].fqn)) is not Keep.DISK}
-        read = inner.slot(max((inner.layout(name).nbytes for name in kept), default=0) or 1)
+
+        read = inner.slot(
+            max((inner.layout(name).nbytes for name, keep in kept.items() if keep is Keep.NEAR), default=1)
+        )
         homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
         way.destination.link.fork()  # homes on the device are made before anything is sent from there
-        onward = Onward(inner, {name: slots[name] for name in groups if name not in homes}, way.destination)
-        memory = FromMemory(homes, {name: slots[name] for name in homes}, way.destination)
+        onward = Onward(inner, {name: slots[name] for name in groups if name not in kept}, way.destination)
+
+        def again(name: str) -> Home:
+            return _brought_home(inner, name, kept[name], way.destination)
+
+        memory = FromMemory(homes, {name: slots[name] for name in kept}, way.destination, again=again)
         onward.add({name: slots[name] for name in tables})
-        fillers: dict[str, Filler] = {name: memory if name in homes else onward for name in slots}
+        fillers: dict[str, Filler] = {name: memory if name in kept else onward for name in slots}
         combined = Combined(fillers, way.destination, onward)
         self._chained = _Chained(combined=combined, onward=onward, rounding=rounding)
         return combined
@@ -265,18 +272,27 @@ def _arriving(layout: Layout, targets: Sequence[Target]) -> Layout:
     return laid_out({place.fqn: target for place, target in zip(layout.places, targets, strict=True)})
 
 
-def _brought_home(inner: Filler, unit: str, keep: Keep, destination: Destination, read: torch.Tensor) -> Home:
-    """Read a unit once, to where it is kept: at once, or through memory of the host that is used for all."""
+def _brought_home(
+    inner: Filler, unit: str, keep: Keep, destination: Destination, read: torch.Tensor | None = None
+) -> Home:
+    """Read a unit to where it is kept: at once, or through memory of the host, one that is given or its own."""
     layout = inner.layout(unit)
     if keep is Keep.HOST:
         memory = torch.from_numpy(destination.link.locked(layout.nbytes))
+    else:
+        memory = inner.slot(layout.nbytes) if read is None else read
+    try:
         inner.fill(unit, memory).wait()
         inner.check(unit)
-        views = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
-        return Home(tensors=views, whole=memory, places=layout.places)
-    inner.fill(unit, read).wait()
-    inner.check(unit)
-    tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(read), strict=True)}
+    except BaseException:
+        if keep is Keep.HOST:
+            destination.link.unlock(memory.numpy())
+        raise
+    finally:
+        inner.forget(memory)
+    tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
+    if keep is Keep.HOST:
+        return Home(tensors=tensors, whole=memory, places=layout.places)
     return packed(tensors, layout, destination.slot(layout.nbytes), is_near=True)
 
 
@@ -285,7 +301,7 @@ class MemorySource:
 
     Args:
         tensors: by fqn.
-        targets: what each must be where it is computed, by fqn; those that may come later too.
+        targets: what each must be where it is computed, by fqn.
         way: how they travel; a unit that is kept on the disk is none of this source.
         moved: is told of each parameter that was moved to memory of another kind or dtype, with its new tensor.
     """
@@ -298,7 +314,7 @@ class MemorySource:
         moved: Rehomed,
     ) -> None:
         self._tensors = tensors
-        self._targets = targets
+        self._targets = dict(targets)
         self._way = way
         self._moved = moved
         self._homes: dict[str, Home] = {}
@@ -316,8 +332,12 @@ class MemorySource:
         self._combined.add(groups, self._memory)
         return self._combined
 
+    def know(self, targets: Mapping[str, Target]) -> None:
+        """Know parameters that are where they are computed, by fqn."""
+        self._targets |= targets
+
     def more(self, groups: Groups) -> Filler:
-        """Know of units that are where they are computed; `store` one before it is filled."""
+        """What fills memory with units of such parameters; `store` one before it is filled."""
         self._layouts |= {name: laid_out({fqn: self._targets[fqn] for fqn in fqns}) for name, fqns in groups.items()}
         self._combined.add(groups, self._memory)
         return self._combined
