@@ -186,6 +186,10 @@ def test_a_parameter_that_would_lose_something_is_refused() -> None:
     assert loaded.is_parked
 
 
+class Quantised(nn.Parameter):
+    """A parameter of another library's class."""
+
+
 class Adapted(nn.Module):
     """A block with something beside it, as adapters are put in."""
 
@@ -193,9 +197,12 @@ class Adapted(nn.Module):
         super().__init__()
         self.base_layer = base
         self.beside = nn.Linear(width, width)
+        self.nothing = nn.Parameter(torch.zeros(0))
+        self.turned = nn.Parameter(torch.randn(width, 2).T)
+        self.other = Quantised(torch.randn(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.base_layer(x) + self.beside(x)
+        found: torch.Tensor = self.base_layer(x) + self.beside(x) + self.turned.sum(0) + self.other
         return found
 
 
@@ -208,7 +215,9 @@ def test_what_was_added_since_goes_and_comes_too(home: str) -> None:
     for _ in range(2):
         loaded.park()
         assert "blocks.2.beside.weight" in away(model)
+        assert not {"blocks.2.nothing", "blocks.2.turned", "blocks.2.other"} & away(model)
         assert torch.equal(run(model), expected)
+        assert isinstance(model.blocks[2].other, Quantised)
 
 
 def test_what_is_in_ram_already_cannot_leave_for_it() -> None:
@@ -352,6 +361,24 @@ def test_a_module_at_home_in_ram_can_be_parked_on_the_disk(
     loaded.park()
     loaded.restore()
     assert away(model) == set()
+
+
+@pytest.mark.parametrize("from_files", [True, False])
+def test_so_can_one_that_computes_in_ram(llama_folder: Path, caches: Path, from_files: bool) -> None:
+    states = States(parked=("disk", None), ready=("cpu", FP8), staged=("cpu", FP8), computing=("cpu", "bfloat16"))
+    model: Any = loadstone.load(llama_folder, states=states) if from_files else tower()
+    if not from_files:
+        model.shift = model.shift.bfloat16()
+        loadstone.offload(model, states=states)
+    expected, loaded = tensor(run(model)), loadstone.of(model)
+    assert units_in_memory(model)
+    for _ in range(2):
+        assert loaded.park() > 0
+        assert not units_in_memory(model)
+        assert torch.equal(tensor(run(model)), expected)
+    with pytest.raises(ValueError, match="found one that is in RAM already"):
+        loaded.park("ram")
+    assert (caches / "loadstone" / "offload").exists() != from_files
 
 
 def tensor(found: Any) -> torch.Tensor:

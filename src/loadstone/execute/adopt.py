@@ -101,12 +101,12 @@ def _adopted(
         if parameter is None or id(parameter) not in present:
             changed += [fqn] if _is_there(module, fqn) else []
             continue
-        path, owner, _ = present[id(parameter)]
+        place = present[id(parameter)]
         wanted = origin.wanted[fqn]
         if not home.is_unchanged(parameter):
             changed.append(fqn)
-        elif _can_go(path, owner) and can_refill(wanted, origin.checkpoint.tensors):
-            chosen.units[fqn], chosen.wanted[fqn] = _unit_of(module, path), wanted
+        elif _can_go(*place) and can_refill(wanted, origin.checkpoint.tensors):
+            chosen.units[fqn], chosen.wanted[fqn] = _unit_of(module, place[0]), wanted
             fqn_by_id[id(parameter)] = fqn
     source.add(chosen.wanted)
     units = _units(module, chosen, fqn_by_id, source, residency, taken)
@@ -128,7 +128,7 @@ def _shelved(
     chosen, targets, fqn_by_id = Streamed(), {}, {}
     names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
     for path, owner, parameter in _parameters(module):
-        if _can_go(path, owner):
+        if _can_go(path, owner, parameter):
             fqn = fqn_by_id[id(parameter)] = names[id(parameter)]
             chosen.units[fqn] = _unit_of(module, path)
             dtype = str(parameter.dtype).removeprefix("torch.")
@@ -156,7 +156,7 @@ def _spilled(
     if module is None:
         return Adopted()
     names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
-    going = {names[id(parameter)]: parameter for path, owner, parameter in _parameters(module) if _can_go(path, owner)}
+    going = {names[id(place[2])]: place[2] for place in _parameters(module) if _can_go(*place)}
     checkpoint = spill(going)
     source.know(checkpoint)
     targets = {fqn: Target(shape=info.shape, dtype=info.dtype) for fqn, info in checkpoint.tensors.items()}
@@ -183,9 +183,13 @@ def _fixed_bytes(module: nn.Module, fqn_by_id: Mapping[int, str]) -> int:
     return sum(parameter.nbytes for _, _, parameter in _parameters(module) if id(parameter) not in fqn_by_id)
 
 
-def _can_go(path: str, owner: nn.Module) -> bool:
-    """Whether a module can do without its parameters; the whole model keeps its own, torch's RNNs hold on to theirs."""
-    return bool(path) and not isinstance(owner, nn.RNNBase)
+def _can_go(path: str, owner: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a module can do without a parameter, and one that is made of its elements is the same.
+
+    The whole model keeps its own, torch's RNNs hold on to theirs, and classes of other libraries hold more than that.
+    """
+    plain = type(parameter) is nn.Parameter and parameter.is_contiguous() and parameter.numel() > 0
+    return plain and bool(path) and not isinstance(owner, nn.RNNBase)
 
 
 def _keep(units: Sequence[Unit], origin: Origin, source: FileSource) -> None:
