@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,15 @@ import torch
 import transformers
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "architecture"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "execute"))
+
+from test_gguf_families import CASES, build, gguf_tensors, metadata
+from test_residency import quantised
+
 import builders
 import loadstone
+from gguf_builders import Gguf
 from loadstone.api import offload_choice
 from loadstone.errors import DestinationError, DoesNotFit, StreamedModel
 from loadstone.execute.values import States, StreamStats
@@ -258,6 +266,24 @@ def test_what_was_loaded_and_not_changed_is_read_from_its_own_files(llama_folder
     with torch.inference_mode():
         assert torch.equal(model(IDS).logits, expected)
     assert (caches / "loadstone" / "offload").exists()
+
+
+def test_what_is_put_in_order_on_its_way_keeps_to_the_memory_too(tmp_path: Path) -> None:
+    case = replace(
+        CASES["llama, tied"],
+        sizes={**CASES["llama, tied"].sizes, "hidden_size": 256, "intermediate_size": 512},
+        meta={"embedding_length": 256, "feed_forward_length": 512, "rope.dimension_count": 64},
+    )
+    path = Gguf(metadata(case), quantised(gguf_tensors(build(case), case))).write(tmp_path / "m.gguf")
+    model = loadstone.load(path)
+    with torch.inference_mode():
+        expected = model(IDS).logits
+    limit = room(model, 0.0, home="disk")
+    loadstone.offload(model, home="disk", max_memory=limit)
+    stays = [one for one in model.parameters() if "Streamed" not in type(one).__name__]
+    assert sum(one.nbytes for one in (*stays, *model.buffers())) + stats(model).slot_bytes <= limit
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, expected)
 
 
 def test_states_can_be_asked_for_at_the_load(llama_folder: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:

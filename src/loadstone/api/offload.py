@@ -89,7 +89,7 @@ def _offloaded(model: nn.Module, asked: Asked, known: Loaded | None, *, fresh: b
     before, start = resident(), time.perf_counter()
     with PeakWatch() as watch:
         with recorder.stage("placement") as told:
-            choice = chosen(model, asked)
+            choice = chosen(model, asked, known.origin if known is not None else None)
             told.text = choice.text
         with recorder.stage("offload") as told:
             done = _arranged(model, choice, known, fresh=fresh)

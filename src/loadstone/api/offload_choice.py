@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from loadstone.units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+    from loadstone.execute.adopt import Origin
     from loadstone.execute.divide import Part
     from loadstone.stream.sources import Keep
 
@@ -87,8 +88,14 @@ class Asked:
     states: States | None = None
 
 
-def chosen(model: nn.Module, asked: Asked) -> Chosen:
-    """Work out what `offload` does; see there for errors."""
+def chosen(model: nn.Module, asked: Asked, origin: Origin | None = None) -> Chosen:
+    """Work out what `offload` does; see there for errors.
+
+    Args:
+        model: the module.
+        asked: what it is asked for.
+        origin: where the module was loaded from, if it was.
+    """
     machine, home, dtype, states = probe(), asked.home, asked.dtype, asked.states
     if home not in (HOST, DISK):
         raise ValueError(f'home="{home}": expected "cpu" or "disk".')
@@ -102,7 +109,9 @@ def chosen(model: nn.Module, asked: Asked) -> Chosen:
     elif replace(asked, states=None) != Asked():
         raise ValueError("states= says everything; leave device=, max_memory=, home= and dtype= out.")
     _check(states, machine)
-    return _chosen(model, states, machine, asked.max_memory)
+    on_disk = DISK in (states.ready[0], (states.parked or states.ready)[0])
+    rearranged = _rearranged(origin) if origin is not None and on_disk else {}
+    return _chosen(model, states, machine, asked.max_memory, rearranged)
 
 
 def _check(states: States, machine: Machine) -> None:
@@ -121,13 +130,26 @@ def _check(states: States, machine: Machine) -> None:
             raise ValueError(f'states: "{state[1]}" is no floating-point dtype that torch has.')
 
 
-def _chosen(model: nn.Module, states: States, machine: Machine, max_memory: str | int | None) -> Chosen:
+def _rearranged(origin: Origin) -> dict[str, int]:
+    """What putting each parameter in order takes at most, as plans count it: decoded to float32, and then moved."""
+    from loadstone.stream.rearrange import is_rearranged
+
+    found: dict[str, int] = {}
+    for fqn, one in origin.wanted.items():
+        parts = [(part, origin.checkpoint.tensors[part.source]) for part in one.assignment.parts]
+        found[fqn] = sum(4 * info.numel for part, info in parts if is_rearranged(part, info))
+    return found
+
+
+def _chosen(
+    model: nn.Module, states: States, machine: Machine, max_memory: str | int | None, rearranged: Mapping[str, int]
+) -> Chosen:
     from loadstone.execute.divide import divided
     from loadstone.stream.sources import Keep
 
     device = device_id(states.computing[0], machine)
     rounding = _rounding(model, states)
-    sizes = _sizes(model, divided(model), states, rounding)
+    sizes = _sizes(model, divided(model), states, rounding, rearranged)
     home = Keep.DISK if states.ready[0] == DISK else Keep.HOST
     near = states.staged[0] if states.staged[0] in (HOST, DISK) else device_id(states.staged[0], machine)
     if near == device and not any(map(rounding, _fqns(sizes.parts))) and states.staged_bytes is None:
@@ -191,7 +213,13 @@ def _rounding(model: nn.Module, states: States) -> Callable[[str], str | None]:
     return found.get
 
 
-def _sizes(model: nn.Module, parts: tuple[Part, ...], states: States, rounding: Callable[[str], str | None]) -> _Sizes:
+def _sizes(
+    model: nn.Module,
+    parts: tuple[Part, ...],
+    states: States,
+    rounding: Callable[[str], str | None],
+    rearranged: Mapping[str, int],
+) -> _Sizes:
     from loadstone.execute.divide import as_units
 
     parameters = dict(model.named_parameters())
@@ -207,7 +235,7 @@ def _sizes(model: nn.Module, parts: tuple[Part, ...], states: States, rounding: 
     inside = set(_fqns(parts))
     other_bytes = sum(nbytes for fqn, nbytes in computed.items() if fqn not in inside)
     other_bytes += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    return _Sizes(parts=parts, units=as_units(parts, model, kept, computed), other_bytes=other_bytes)
+    return _Sizes(parts=parts, units=as_units(parts, model, kept, computed, rearranged), other_bytes=other_bytes)
 
 
 def _room(machine: Machine, device: str, max_memory: str | int | None) -> int:

@@ -50,7 +50,11 @@ def divided(module: nn.Module) -> tuple[Part, ...]:
 
 
 def as_units(
-    parts: Collection[Part], module: nn.Module, kept_bytes: Mapping[str, int], computed_bytes: Mapping[str, int]
+    parts: Collection[Part],
+    module: nn.Module,
+    kept_bytes: Mapping[str, int],
+    computed_bytes: Mapping[str, int],
+    rearranged_bytes: Mapping[str, int],
 ) -> tuple[Unit, ...]:
     """The same as the planner takes it.
 
@@ -59,6 +63,7 @@ def as_units(
         module: the module.
         kept_bytes: what each parameter takes where it is kept, by fqn.
         computed_bytes: what it takes where it is computed with.
+        rearranged_bytes: what putting it in order takes beside that, where it comes in another order.
     """
     parameters = dict(module.named_parameters())
     units = []
@@ -77,6 +82,7 @@ def as_units(
                 mappable_bytes=0,
                 largest_bytes=max(sizes),
                 use_share=1 / rows,
+                rearranged_bytes=sum(rearranged_bytes.get(fqn, 0) for fqn in part.fqns),
             )
         )
     return tuple(units)
