@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.dtypes import DTYPES
 from loadstone.errors import DoesNotFit
-from loadstone.execute.values import States
+from loadstone.execute.values import NUM_SLOTS, States
 from loadstone.hardware.probe import probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _USUAL_SHARE = 0.8
 # What the choice is made for: a text of this many tokens goes in, and as many come out.
 _TOKENS = 512
-# One unit is read while another computes.
-_NUM_SLOTS = 2
 _UNBOUNDED = 1 << 62
 
 
@@ -109,8 +107,7 @@ def chosen(model: nn.Module, asked: Asked, origin: Origin | None = None) -> Chos
     elif replace(asked, states=None) != Asked():
         raise ValueError("states= says everything; leave device=, max_memory=, home= and dtype= out.")
     _check(states, machine)
-    on_disk = DISK in (states.ready[0], (states.parked or states.ready)[0])
-    rearranged = _rearranged(origin) if origin is not None and on_disk else {}
+    rearranged = _rearranged(origin) if origin is not None and states.on_disk else {}
     return _chosen(model, states, machine, asked.max_memory, rearranged)
 
 
@@ -118,14 +115,14 @@ def _check(states: States, machine: Machine) -> None:
     computing = device_id(states.computing[0], machine)
     if states.ready[0] not in (HOST, DISK):
         raise ValueError(f'states: ready on "{states.ready[0]}"; expected "disk" or "cpu".')
-    if states.parked is not None and states.parked[0] not in (HOST, DISK):
-        raise ValueError(f'states: parked on "{states.parked[0]}"; expected "disk" or "cpu".')
+    if states.resting[0] not in (HOST, DISK):
+        raise ValueError(f'states: parked on "{states.resting[0]}"; expected "disk" or "cpu".')
     near = states.staged[0] if states.staged[0] in (HOST, DISK) else device_id(states.staged[0], machine)
     if near not in (states.ready[0], HOST, computing):
         raise ValueError(
             f'states: staged on "{near}"; expected the home "{states.ready[0]}", "cpu" or the computing "{computing}".'
         )
-    for state in (states.parked or states.ready, states.ready, states.staged, states.computing):
+    for state in (states.resting, states.ready, states.staged, states.computing):
         if state[1] is not None and (state[1] not in DTYPES or not DTYPES[state[1]].floating):
             raise ValueError(f'states: "{state[1]}" is no floating-point dtype that torch has.')
 
@@ -158,7 +155,7 @@ def _chosen(
         staged: set[str] = set()
     else:
         blocks = [unit for unit in sizes.units if unit.kind is UnitKind.BLOCK]
-        num_slots, limit = _NUM_SLOTS, states.staged_bytes
+        num_slots, limit = NUM_SLOTS, states.staged_bytes
         if near == device != states.ready[0] and limit is None:
             limit = _left_for_staged(sizes, num_slots, _room(machine, device, max_memory), device)
         staged = _staged(blocks, _UNBOUNDED if limit is None else limit) if near != states.ready[0] else set()
@@ -167,7 +164,6 @@ def _chosen(
     beside = Keep.NEAR if near == device else Keep.HOST
     kept_near = set(_fqns([part for part in sizes.parts if part.unit in staged]))
     parts = tuple(part for part in sizes.parts if part.unit in away)
-    parked = (states.parked or states.ready)[0]
     stays = sum(unit.memory_bytes for unit in sizes.units if unit.name not in away) + sizes.other_bytes
     return Chosen(
         device=device,
@@ -176,19 +172,18 @@ def _chosen(
         away=parts,
         keep=lambda fqn: beside if fqn in kept_near else home,
         rounding=rounding,
-        on_disk=DISK in (states.ready[0], parked),
-        parking=_parking(device, states.ready[0], parked),
+        on_disk=states.on_disk,
+        parking=_parking(device, states),
         num_slots=num_slots,
         text=f"{format_bytes(stays)} stay on {device}, {len(parts)} units come and go"
         + (f", {len(staged)} of them kept near" if staged else ""),
     )
 
 
-def _parking(device: str, home: str, parked: str) -> tuple[str, ...]:
+def _parking(device: str, states: States) -> tuple[str, ...]:
     """Where the module can be parked: not where it computes, and not on a disk that holds nothing of it."""
-    places = {DISK: "disk", HOST: "ram"}
-    usual = [parked, *(place for place in (DISK, HOST) if place != parked and (place == HOST or home == DISK))]
-    return tuple(places[place] for place in usual if place != device)
+    places = dict.fromkeys((states.resting[0], states.ready[0], HOST))
+    return tuple("ram" if place == HOST else place for place in places if place != device)
 
 
 def _fqns(parts: Sequence[Part]) -> list[str]:
@@ -199,8 +194,7 @@ def _rounding(model: nn.Module, states: States) -> Callable[[str], str | None]:
     """Matrices of blocks are rounded to the narrowest of what they are kept in."""
     from loadstone.execute.divide import divided
 
-    kept = (states.parked or states.ready, states.ready, states.staged)
-    asked = [dtype for _, dtype in kept if dtype is not None]
+    asked = [dtype for _, dtype in (states.resting, states.ready, states.staged) if dtype is not None]
     found: dict[str, str] = {}
     parameters = dict(model.named_parameters())
     for part in divided(model):
@@ -261,7 +255,7 @@ def _streamed(sizes: _Sizes, machine: Machine, device: str, room: int) -> tuple[
     if isinstance(placed, Missing):
         raise _too_little(device, room, placed.nbytes)
     away = {one.unit.name for one in placed.assignments if one.home != one.compute}
-    return away, placed.num_slots or _NUM_SLOTS
+    return away, placed.num_slots or NUM_SLOTS
 
 
 def _left_for_staged(sizes: _Sizes, num_slots: int, room: int, device: str) -> int:

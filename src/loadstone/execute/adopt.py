@@ -21,7 +21,7 @@ from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Adopt, Residency
 from loadstone.execute.states import Adopted
 from loadstone.execute.streamed import Streamed
-from loadstone.execute.values import Streaming
+from loadstone.execute.values import NUM_SLOTS, Streaming
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.host import FileMaps, is_mappable, stretches
 from loadstone.stream.materialize import as_tensor
@@ -32,8 +32,6 @@ from loadstone.stream.spill import wanted_from
 from loadstone.stream.transfer import torch_device
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-# As many as a plan takes where it can: one unit is read while another computes.
-_NUM_SLOTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,7 @@ def adopting(module: nn.Module, origin: Origin, source: FileSource) -> Adopt:
 
 def residency_for(module: nn.Module, origin: Origin, device: str) -> Residency:
     """What can let a model go that is wholly on a device; it does nothing until it is asked."""
-    streaming = Streaming(units=(), num_slots=_NUM_SLOTS, device=device)
+    streaming = Streaming(units=(), num_slots=NUM_SLOTS, device=device)
     return attach(
         module,
         Streamed(device=torch_device(device)),
@@ -126,13 +124,10 @@ def _shelved(
     if module is None:
         return Adopted()
     chosen, targets, fqn_by_id = Streamed(), {}, {}
-    names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
-    for path, owner, parameter in _parameters(module):
-        if _can_go(path, owner, parameter):
-            fqn = fqn_by_id[id(parameter)] = names[id(parameter)]
-            chosen.units[fqn] = _unit_of(module, path)
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            targets[fqn] = Target(shape=tuple(parameter.shape), dtype=dtype)
+    for fqn, path, parameter in _going(module):
+        fqn_by_id[id(parameter)] = fqn
+        chosen.units[fqn] = _unit_of(module, path)
+        targets[fqn] = Target(shape=tuple(parameter.shape), dtype=str(parameter.dtype).removeprefix("torch."))
     source.know(targets)
     units = _units(module, chosen, fqn_by_id, source, residency, taken)
     for unit in units:
@@ -155,8 +150,7 @@ def _spilled(
     module = reference()
     if module is None:
         return Adopted()
-    names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
-    going = {names[id(place[2])]: place[2] for place in _parameters(module) if _can_go(*place)}
+    going = {fqn: parameter for fqn, _, parameter in _going(module)}
     checkpoint = spill(going)
     source.know(checkpoint)
     targets = {fqn: Target(shape=info.shape, dtype=info.dtype) for fqn, info in checkpoint.tensors.items()}
@@ -181,6 +175,14 @@ def _units(
 def _fixed_bytes(module: nn.Module, fqn_by_id: Mapping[int, str]) -> int:
     """What the parameters take that stay whatever happens."""
     return sum(parameter.nbytes for _, _, parameter in _parameters(module) if id(parameter) not in fqn_by_id)
+
+
+def _going(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """The name of each parameter that can go, the path of the module that it stands in first, and itself."""
+    names = {id(parameter): fqn for fqn, parameter in module.named_parameters()}
+    for path, owner, parameter in _parameters(module):
+        if _can_go(path, owner, parameter):
+            yield names[id(parameter)], path, parameter
 
 
 def _can_go(path: str, owner: nn.Module, parameter: nn.Parameter) -> bool:

@@ -15,6 +15,7 @@ from loadstone.execute.divide import Part
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.execute.residency import Adopt, Residency
 from loadstone.execute.streamed import Streamed
+from loadstone.execute.values import NUM_SLOTS
 from loadstone.stream.sources import Source
 
 Place = tuple[dict[str, Any], str]
@@ -129,7 +130,7 @@ class Arrangement:
     device: torch.device
     dtype: str | None = None
     away: Sequence[Part] = ()
-    num_slots: int = 2
+    num_slots: int = NUM_SLOTS
     gives_up: bool = False
 
     @property

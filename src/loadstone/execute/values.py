@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loadstone.plan.values import DISK
+
+# As many as a plan takes where it can: one unit is read while another computes.
+NUM_SLOTS = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -95,7 +100,7 @@ class Streaming:
     """
 
     units: tuple[str, ...] = ()
-    num_slots: int = 2
+    num_slots: int = NUM_SLOTS
     tensors: frozenset[str] = frozenset()
     expert_tensors: frozenset[str] = frozenset()
     expert_bytes: int = 0
@@ -127,6 +132,16 @@ class States:
     staged: tuple[str, str | None] = ("cpu", None)
     computing: tuple[str, str | None] = ("cpu", None)
     staged_bytes: int | None = None
+
+    @property
+    def resting(self) -> tuple[str, str | None]:
+        """Where blocks are while the model is parked, said or not."""
+        return self.parked or self.ready
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether blocks are on the disk in one of their states."""
+        return DISK in (self.ready[0], self.resting[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

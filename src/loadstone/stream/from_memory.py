@@ -115,7 +115,7 @@ class FromMemory(AtDestination):
 
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to copy a unit: by the device itself, or by a thread of the host."""
-        if self._left_bytes or self._off_device:
+        if unit in self._left_bytes or unit in self._off_device:
             self._come_home()
         home, layout = self._homes[unit], self._layouts[unit]
         if self._destination.is_late:
@@ -139,7 +139,7 @@ class FromMemory(AtDestination):
     def rest(self, *, leaves_memory: bool = False) -> None:
         """End the threads; what is kept near leaves the device, or, with what else can be made anew, memory.
 
-        All of it comes home with the next fill.
+        All of it comes home when the first of it is wanted.
         """
         self._workers.close()
         if leaves_memory and self._again is not None:
