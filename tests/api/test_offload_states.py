@@ -264,6 +264,21 @@ def test_a_parked_module_ends_with_its_last_name(gpu: list[FakeLink]) -> None:
     assert gpu[-1].num_locked_bytes == 0
 
 
+def test_what_stands_elsewhere_than_it_was_loaded_stays(llama_folder: Path, caches: Path) -> None:
+    model: Any = loadstone.load(llama_folder)
+    layer = model.model.layers[0].mlp
+    layer.up_proj = nn.Sequential(layer.up_proj)
+    with torch.inference_mode():
+        expected = model(IDS).logits
+    loadstone.offload(model, home="disk", max_memory="1GB")
+    assert loadstone.of(model).park() > 0
+    assert "model.layers.0.mlp.up_proj.0.weight" not in away(model)
+    assert "model.layers.0.mlp.down_proj.weight" in away(model)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, expected)
+    assert not (caches / "loadstone" / "offload").exists()
+
+
 def test_what_was_cast_when_it_was_arranged_is_read_and_cast_again(llama_folder: Path, caches: Path) -> None:
     states = States(ready=("disk", None), staged=("disk", None), computing=("cpu", "bfloat16"))
     model = loadstone.load(llama_folder, states=states)

@@ -78,7 +78,9 @@ class DiskSupply:
             checkpoint = self._spilled(parameters)
             self._source = FileSource(wanted_from(checkpoint, targets), checkpoint, self._way)
         else:
-            self._staying = {fqn: home for fqn, home in origin.homes.items() if fqn not in parameters}
+            # What has another name by now, as adapters give it, is wanted by none and cannot leave.
+            homes = origin.homes.items()
+            self._staying = {fqn: home for fqn, home in homes if fqn in origin.wanted and fqn not in parameters}
             # They may be moved from now on, which is no change of what they hold.
             self._unchanged = [fqn for fqn, home in self._staying.items() if home.is_unchanged(home.parameter())]
             self._source = FileSource({fqn: origin.wanted[fqn] for fqn in parameters}, origin.checkpoint, self._way)
