@@ -31,6 +31,7 @@ import numpy as np
 
 import harness
 import make_checkpoint
+from loadstone.api.pause import paused_gc
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.events import ignore
 from loadstone.stream.host import Ahead
@@ -141,8 +142,12 @@ def touched(files: list[Path], cold: bool, repeats: int) -> dict[str, Any]:
     return {"searched": [[figure, setting] for figure, setting in searched], "best": best, "rounds": rounds}
 
 
+@paused_gc()
 def read_loadstone(files: list[Path]) -> list[Any]:
-    """As `load` does it for tensors that stay as stored: maps, brought in by threads of their own."""
+    """As `load` does it for tensors that stay as stored: maps, brought in by threads of their own.
+
+    `load` makes its objects without the garbage collector, of which one pass takes 80 ms where torch is imported.
+    """
     checkpoint, ahead = open_checkpoint(files), Ahead(ignore)
     ahead.begin(checkpoint, lambda info: info.dtype, decode=True)
     ahead.wait()

@@ -80,8 +80,16 @@ def units_of(model: nn.Module, resident_share: float = 0.0) -> tuple[str, ...]:
     )
 
 
-def streamed(path: Path, units: tuple[str, ...], *, num_slots: int = 2, dtype: str | None = None, **more: Any) -> Any:
-    streaming = Streaming(units=units, num_slots=num_slots)
+def streamed(
+    path: Path,
+    units: tuple[str, ...],
+    *,
+    num_slots: int = 2,
+    slot_bytes: int = 0,
+    dtype: str | None = None,
+    **more: Any,
+) -> Any:
+    streaming = Streaming(units=units, num_slots=num_slots, slot_bytes=slot_bytes)
     return carry_out(Request(source=path, dtype=dtype, streaming=streaming, **more))
 
 

@@ -97,14 +97,16 @@ def prompts(batch: int, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
+@pytest.mark.parametrize("slot_bytes", [0, 8192])
 @pytest.mark.parametrize("number", range(len(ZOO)))
-def test_streamed_equals_resident(tmp_path: Path, number: int) -> None:
+def test_streamed_equals_resident(tmp_path: Path, number: int, slot_bytes: int) -> None:
     name = list(ZOO)[number]
-    kind, dtype = ZOO[name][0], ("bfloat16", "float32")[number % 2]
+    # What is cast has no fronts.
+    kind, dtype = ZOO[name][0], ("bfloat16", "float32")[number % 2 if not slot_bytes else 0]
     path = made(tmp_path, name)
     whole: Any = loadstone.load(path, dtype=dtype)
     share, num_slots, batch = ROWS[number]
-    model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype)
+    model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype, slot_bytes=slot_bytes)
     if kind == "encoder":
         for length in (12, 40, 3):
             inputs = {"input_ids": prompts(batch, length)}
@@ -114,6 +116,7 @@ def test_streamed_equals_resident(tmp_path: Path, number: int) -> None:
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert stats.streamed_bytes > 0
+    assert bool(stats.front_bytes) is bool(slot_bytes)
 
 
 def test_rows_pair_everything_with_everything() -> None:

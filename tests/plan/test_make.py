@@ -77,7 +77,8 @@ def test_what_moves_less_is_taken_where_computing_takes_longer_anyway() -> None:
     model = llama(layers=14, width=3584, inner=18_944, vocab=20_000)
     asked = Asked(run=SHORT, max_memory={HOST: 5_000_000_000})
     plans = [
-        make_plan(model, machine(10**12, rates=Rates(disk_bytes_per_s=rate)), asked)  # computing reads 20 GB/s
+        # Computing reads 20 GB/s.
+        make_plan(model, machine(10**12, rates=Rates(disk_bytes_per_s=rate)), asked, Process(shows_pages=False))
         for rate in (1e9, 18e9)
     ]
     assert [plan.prediction.decode.bound_by for plan in plans] == ["disk", "memory"]

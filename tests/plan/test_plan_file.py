@@ -6,7 +6,7 @@ from plan_models import llama, machine
 
 from loadstone.errors import InvalidPlan
 from loadstone.plan.make import make_plan
-from loadstone.plan.plan_file import changes, diff, from_json, to_json
+from loadstone.plan.plan_file import VERSION, changes, diff, from_json, to_json
 from loadstone.plan.values import HOST, Asked, Plan, Run
 
 MACHINE = machine(10**9, 10**9)
@@ -19,7 +19,7 @@ def plan(layers: int = 3, **asked: object) -> Plan:
 def test_a_plan_survives_its_file() -> None:
     made = plan()
     data = json.loads(json.dumps(to_json(made)))
-    assert data["loadstone_plan"] == 1
+    assert data["loadstone_plan"] == VERSION
     assert from_json(data) == made
 
 
@@ -27,7 +27,7 @@ def test_a_plan_survives_its_file() -> None:
     ("change", "words"),
     [
         (lambda data: data.pop("loadstone_plan"), "is not a plan"),
-        (lambda data: data.update(loadstone_plan=2), "of version 2; this Loadstone reads version 1"),
+        (lambda data: data.update(loadstone_plan=1), f"of version 1; this Loadstone reads version {VERSION}"),
         (lambda data: data.pop("dtype"), "it lacks dtype"),
         (lambda data: data.update(color="red"), "unknown field color"),
         (lambda data: data["run"].update(context="long"), r"run\.context is 'long'; expected int"),

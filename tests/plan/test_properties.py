@@ -10,7 +10,7 @@ from plan_models import machine, random_model
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import DoesNotFit
 from loadstone.hardware.spec import Machine
-from loadstone.plan import make
+from loadstone.plan import cost, fronts, make
 from loadstone.plan.budget import CONTEXT_BYTES
 from loadstone.plan.cost import simulate, speeds_of, transfer_s, work
 from loadstone.plan.facts import facts_of
@@ -21,6 +21,13 @@ from loadstone.plan.values import DISK, HOST, Asked, Plan, Run, Unit
 # What the planner keeps free on the host and on a GPU for these small models, roughly; budgets are drawn around it.
 HOST_FLOOR = 10_000_000
 GPU_FLOOR = CONTEXT_BYTES["cuda"] + 100_000_000
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models are a thousand times smaller than what fronts are made for."""
+    monkeypatch.setattr(fronts, "_LEAST_SLOT_BYTES", 4096)
+    monkeypatch.setitem(cost.PIECE_S, "disk", 1e-7)
 
 
 def cases(seed: int, count: int, gpus: int = 2) -> Iterator[tuple[Random, Checkpoint, Machine, Asked]]:
@@ -56,7 +63,7 @@ def placed_units(checkpoint: Checkpoint, plan: Plan) -> dict[str, Unit]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None:
-    num_streaming = num_split = 0
+    num_streaming = num_split = num_fronted = 0
     for _, checkpoint, on, asked in cases(seed, 300):
         plan = planned(checkpoint, on, asked)
         if plan is None:
@@ -69,14 +76,19 @@ def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None
             free = next(one.free_bytes for one in on.devices if one.id == device.device)
             assert device.peak_bytes <= device.budget_bytes <= free
             kept = sum(one.home_bytes for one in plan.placements if one.home == device.device)
+            kept += sum(one.front_bytes for one in plan.placements if one.compute == device.device)
             assert kept == device.weight_bytes + device.mapped_bytes
             slots = sorted(
-                units[one.unit].slot_bytes
+                units[one.unit].slot_bytes - one.front_bytes
                 for one in plan.placements
                 if one.is_streamed and one.compute == device.device and one.kind.value != "embedding"
             )
             # Slot i of the ring is as large as the i-th largest of what goes through it.
             assert device.reservation.slot_bytes >= sum(slots[-plan.num_slots :]) * (plan.num_slots > 0)
+        fronted = [one for one in plan.placements if one.front_bytes]
+        assert all(one.is_streamed and one.compute == HOST and one.front_bytes <= one.home_bytes for one in fronted)
+        assert all(units[one.unit].slot_bytes - one.front_bytes == plan.slot_bytes for one in fronted)
+        num_fronted += bool(fronted)
         homes = {device.device for device in plan.devices} | {DISK}
         assert {one.home for one in plan.placements} <= homes
         assert asked.offload or not plan.streams
@@ -84,6 +96,7 @@ def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None
         num_split += len(plan.placements) > len(units_of(checkpoint, plan).units)
     assert num_streaming > 50
     assert num_split > 20
+    assert num_fronted > 3, num_fronted
 
 
 def test_tied_tables_are_one_unit_that_is_wanted_whole() -> None:
@@ -93,7 +106,8 @@ def test_tied_tables_are_one_unit_that_is_wanted_whole() -> None:
             heads = [one for one in plan.placements if one.kind.value == "head"]
             assert [one.unit for one in heads] == ["model.embed_tokens"]
             assert (
-                not heads[0].is_streamed or heads[0].moved_bytes >= checkpoint.tensors[f"{heads[0].unit}.weight"].nbytes
+                not heads[0].is_streamed
+                or heads[0].moved_bytes + heads[0].front_bytes >= checkpoint.tensors[f"{heads[0].unit}.weight"].nbytes
             )
 
 
@@ -102,6 +116,8 @@ def walk(
 ) -> list[tuple[float, float]]:
     """The steps of a decoding pass on the host; with other units streamed where they are given."""
     speeds, units = speeds_of(on, plan.dtype), placed_units(checkpoint, plan)
+    if streamed is None:
+        units |= {one.unit: replace(units[one.unit], front_bytes=one.front_bytes) for one in plan.placements}
     away = {one.unit for one in plan.placements if one.is_streamed} if streamed is None else streamed
     tokens = plan.prediction.decode.tokens
     return [

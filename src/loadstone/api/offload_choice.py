@@ -13,7 +13,8 @@ from loadstone.hardware.probe import probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import device_id
 from loadstone.plan.cost import Beside, speeds_of
-from loadstone.plan.place import Missing, Segment, place, spread
+from loadstone.plan.place import place, spread
+from loadstone.plan.segment import Missing, Segment
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 from loadstone.units import format_bytes, parse_bytes
 

@@ -15,7 +15,7 @@ from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.events import Observer, ignore
-from loadstone.hardware.memory import resident
+from loadstone.hardware.memory import can_show_pages, resident
 from loadstone.hardware.probe import probe
 from loadstone.hardware.spec import Machine
 from loadstone.plan.budget import Process, checked_max_memory, device_id
@@ -151,10 +151,11 @@ def process_at_hand(is_here: bool) -> Process:
         is_here: it is this machine that is planned for, so that what is imported already is missing from its free
             memory.
     """
+    shows_pages = not is_here or can_show_pages()
     if not (is_here and "torch" in sys.modules and "transformers" in sys.modules):
-        return Process(level_bytes=IMPORTS_BYTES)
+        return Process(level_bytes=IMPORTS_BYTES, shows_pages=shows_pages)
     now = resident()
-    return Process(level_bytes=now.anonymous_bytes + now.file_bytes, is_taken=True)
+    return Process(level_bytes=now.anonymous_bytes + now.file_bytes, is_taken=True, shows_pages=shows_pages)
 
 
 def _called(source: Source) -> str:

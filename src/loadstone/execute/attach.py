@@ -51,7 +51,9 @@ def attach(
         plain = all(checkpoint.tensors[name].encoding is None for name in sources)
         return Keep.HOST if plain and sources <= streaming.in_memory else Keep.DISK
 
-    way = host_way() if streaming.device == HOST else Way(destination=Destination(streamed.device), keep=keep)
+    way = Way(destination=Destination(streamed.device), keep=keep)
+    if streaming.device == HOST:
+        way = host_way(streaming.slot_bytes)
     source = FileSource(streamed.wanted, checkpoint, way, observer)
     adopted = adopt(source) if adopt is not None else None
     return attach_to(module, streamed, source, Attachment(streaming.num_slots, observer, adopted))

@@ -183,7 +183,7 @@ class Unit:
     def put_views(self, slot: Slot, layout: Layout) -> None:
         """Have there what is in a slot."""
         if self.name not in slot.parameters:
-            slot.parameters[self.name] = parameters(self, layout.views(slot.data))
+            slot.parameters[self.name] = parameters(self, layout.views(slot.seen))
         self.put(slot.parameters[self.name])
 
     def put_placeholders(self) -> None:
@@ -275,7 +275,7 @@ class Kept:
                     self._filler.check(unit.name)
                     tensors[unit.name] = unit.maps()
                     continue
-                memory = self._filler.slot(self._filler.layout(unit.name).nbytes)
+                memory = self._filler.memory(self._filler.layout(unit.name).nbytes)
                 if unit.copies is not None:
                     tensors[unit.name] = _copied_back(unit.copies, self._cut(unit, memory))
                     self._filler.forget(memory)

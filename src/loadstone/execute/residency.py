@@ -95,9 +95,10 @@ class Residency:
             needed_bytes: what a run will use of the memory that is free now.
         """
         with self._turn:
-            self._states.watch.needed_bytes = needed_bytes
+            self._states.watch.needed_bytes = needed_bytes + self._states.front_bytes
             self._hooks.put(self, self._entries())
             self._states.stream()
+            self._filler.bring_fronts()
 
     def stats(self) -> StreamStats:
         """What was done so far."""
@@ -183,7 +184,7 @@ class Residency:
             return None
         slot, output = self._ring.where.get(unit), None
         if slot is not None and slot.state is State.USED:
-            output = kept_output(hooked[-1], slot.data)
+            output = kept_output(hooked[-1], slot.seen)
             slot.depth -= 1
             if not slot.depth:
                 self._let_go(slot)

@@ -39,11 +39,13 @@ class Slot:
         state: what is in it.
         unit: which one; "" for none.
         batch: what is on its way into it.
+        seen: where the unit that computes lies: here, or behind a front of its own.
         depth: how many forwards that use it are under way, one within the other.
-        parameters: the parameters of each unit as views of this slot, made when they are first needed.
+        parameters: the parameters of each unit as views of where it lies, made when they are first needed.
     """
 
     data: torch.Tensor
+    seen: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     state: State = State.EMPTY
     unit: str = ""
     batch: Filling | None = None
@@ -133,6 +135,7 @@ class Ring:
             self.hits += 1
         self._filler.attend(slot.data)
         self.check(partial(self._filler.check, unit))
+        slot.seen = self._filler.seen(unit, slot.data)
         return slot
 
     def _wait(self, slot: Slot, batch: Filling) -> None:
@@ -186,7 +189,7 @@ class Ring:
         return max(free, key=lambda slot: soon.index(slot.unit) if slot.unit in soon else len(soon))
 
     def _has_room(self, slot: Slot, unit: str) -> bool:
-        return slot.data.numel() >= self._filler.layout(unit).nbytes
+        return slot.data.numel() >= self._filler.layout(unit).slot_bytes
 
     def _begin(self, unit: str, slot: Slot, *, priority: int) -> None:
         def known(filling: Filling) -> None:
@@ -207,17 +210,17 @@ class Ring:
             slot.batch = None
 
 
-def kept_output(output: Any, slot: torch.Tensor) -> Any:
-    """A unit's output with what lies in its slot copied out of it; None where nothing does."""
+def kept_output(output: Any, memory: torch.Tensor) -> Any:
+    """A unit's output with what lies in the unit's memory copied out of it; None where nothing does."""
     if isinstance(output, torch.Tensor):
-        begin = slot.data_ptr()
-        return output.clone() if begin <= output.untyped_storage().data_ptr() < begin + slot.numel() else None
+        begin = memory.data_ptr()
+        return output.clone() if begin <= output.untyped_storage().data_ptr() < begin + memory.numel() else None
     if isinstance(output, list | tuple) and type(output) in (list, tuple):
-        kept = [kept_output(one, slot) for one in output]
+        kept = [kept_output(one, memory) for one in output]
         if any(one is not None for one in kept):
             return type(output)(old if new is None else new for old, new in zip(output, kept, strict=True))
     if isinstance(output, dict):
-        changed = {key: new for key, value in output.items() if (new := kept_output(value, slot)) is not None}
+        changed = {key: new for key, value in output.items() if (new := kept_output(value, memory)) is not None}
         for key, new in changed.items():
             output[key] = new
     return None

@@ -6,7 +6,7 @@ Whoever uses this has the model's turn, and no forward is under way but for what
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loadstone.errors import StreamedModel
@@ -69,6 +69,11 @@ class States:
     def is_whole(self) -> bool:
         """Whether all of the model is there to stay."""
         return self.parked is None and self.room is None and all(unit.is_kept for unit in self.units.values())
+
+    @property
+    def front_bytes(self) -> int:
+        """What stays of units that are streamed."""
+        return sum(self._fronts().values())
 
     def adopt(self, adopted: Adopted) -> None:
         """Know what was loaded to stay."""
@@ -146,6 +151,7 @@ class States:
                 f"limit: expected at least {format_bytes(least)} for the slots and for what cannot be read again, "
                 f"found {format_bytes(limit_bytes)}."
             )
+        self._fill_whole()
         room = sys.maxsize if limit_bytes is None else limit_bytes - fixed
         gone = spread.lowered(pieces, room, self._num_slots)
         back = spread.raised(pieces, room, self._num_slots, known) if not gone else []
@@ -164,12 +170,23 @@ class States:
         """
         asked, self.shortage.asked_bytes = self.shortage.asked_bytes, 0
         pieces = [piece for piece in self._kept.pieces() if piece.name not in entered]
-        room = spread.total_bytes(pieces, self._num_slots) - asked
+        whole = spread.total_bytes(pieces, self._num_slots)
         if asked > 0:
+            fronts = self._fronts()
+            # With fronts the slots are smaller than those of whole units.
+            present = self._fronted_bytes(fronts, pieces) if fronts else whole
+            if fronts and self._limit_bytes is None:
+                self._limit_bytes = present  # what has a front now may come back whole, but not all of it
+            self._fill_whole()
+            room = present - asked
             gone = spread.lowered(pieces, room, self._num_slots)
-            self._exchange(gone, [])
-            self.shortage.note(gone, sum(self.units[name].nbytes for name in gone))
+            back = spread.raised(pieces, room, self._num_slots, fronts) if fronts and not gone else []
+            self._exchange(gone, back)
+            gone += [name for name in fronts if name not in back]
+            given = {**{name: self.units[name].nbytes for name in gone}, **fronts}
+            self.shortage.note(gone, sum(given[name] for name in gone))
         else:
+            room = whole - asked
             room = room if self._limit_bytes is None else min(room, self._limit_bytes)
             back = spread.raised(pieces, room, self._num_slots, self.shortage.units)
             self._exchange([], back)
@@ -213,12 +230,28 @@ class States:
         return piece if self.parked is None else replace(piece, is_kept=piece.name in self.parked)
 
     def _exchange(self, gone: Sequence[str], back: Sequence[str]) -> None:
-        if gone:
+        if gone or not back:  # without either, what fills the slots may have changed
             self._kept.demote(gone)
             self.stream()
         if back:
             self._kept.promote(back)
             self.stream()
+
+    def _fronts(self) -> dict[str, int]:
+        """What stays of units that are streamed, by their names."""
+        away = (name for name, unit in self.units.items() if not unit.is_kept and unit.entries)
+        return {name: nbytes for name in away if (nbytes := self._filler.layout(name).front_bytes)}
+
+    def _fronted_bytes(self, fronts: Mapping[str, int], pieces: Sequence[spread.Piece]) -> int:
+        """The memory of what is kept, of the fronts and of the slots."""
+        kept = sum(piece.nbytes for piece in pieces if piece.is_kept)
+        return kept + sum(fronts.values()) + sum(slot.data.numel() for slot in self._ring.slots)
+
+    def _fill_whole(self) -> None:
+        """Give the fronts back; there are no slots afterwards, if there were fronts."""
+        if self._fronts():
+            self._ring.stream((), self._num_slots)
+            self._filler.fill_whole()
 
     def _changed(self) -> list[str]:
         found = (unit.changed() for unit in self.units.values() if unit.is_kept)

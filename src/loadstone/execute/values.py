@@ -97,6 +97,8 @@ class Streaming:
         unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
         device: where the model computes.
         in_memory: which of the tensors are read once, into host memory, and come from there.
+        slot_bytes: the most of a unit that comes and goes, where the host computes: what it has before that stays.
+            0 for whole units.
     """
 
     units: tuple[str, ...] = ()
@@ -107,6 +109,7 @@ class Streaming:
     unit_of: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     in_memory: frozenset[str] = frozenset()
+    slot_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +161,7 @@ class StreamStats:
         num_units: units that come and go.
         num_slots: how many of them are in memory at a time.
         slot_bytes: the memory of all slots.
+        front_bytes: what stays of units that come and go.
         pass_bytes: what one use of every unit reads.
         pass_s: how long all forwards took together.
         read_bytes: read from the files, with what was read ahead and is not used yet.
@@ -187,6 +191,7 @@ class StreamStats:
     expert_hits: int = 0
     expert_bytes: int = 0
     room_bytes: int = 0
+    front_bytes: int = 0
     disk_bytes_per_s: float | None = None
     given_back_bytes: int = 0
 

@@ -155,3 +155,8 @@ def num_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup.cpu_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def can_show_pages() -> bool:
+    """Whether this system can show the same memory at several addresses, as `loadstone.stream.fronts` does."""
+    return hasattr(os, "memfd_create")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from loadstone.dtypes import DTYPES
 from loadstone.hardware.spec import Machine
-from loadstone.plan.place import Missing
+from loadstone.plan.segment import Missing
 from loadstone.plan.values import DISK, HOST, Asked, Plan
 
 Attempt = Plan | Missing

@@ -28,10 +28,12 @@ class Process:
     Attributes:
         level_bytes: after torch and transformers are imported.
         is_taken: whether they are, so that free memory is already less by it.
+        shows_pages: whether it can show the same memory at several addresses, which fronts of units need.
     """
 
     level_bytes: int = 0
     is_taken: bool = False
+    shows_pages: bool = True
 
 
 def parse_max_memory(text: str) -> dict[str, str]:

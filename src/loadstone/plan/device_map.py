@@ -11,7 +11,8 @@ from loadstone.plan.budget import device_id
 from loadstone.plan.cost import rows_bytes
 from loadstone.plan.experts import ring_bytes
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import Assignment, Missing, buffer_bytes
+from loadstone.plan.place import buffer_bytes
+from loadstone.plan.segment import Assignment, Missing
 from loadstone.plan.values import DISK, HOST, Plan, Unit, UnitKind
 
 # Words with which transformers leaves the choice to the planner.

@@ -13,8 +13,9 @@ from itertools import pairwise
 from loadstone.hardware.spec import Device
 from loadstone.plan.budget import SHARED_MEMORY
 from loadstone.plan.cost import Beside, Speeds
-from loadstone.plan.place import Assignment, Missing, Placed, Segment, buffer_bytes, place, run_s
+from loadstone.plan.place import buffer_bytes, place, run_s
 from loadstone.plan.reserve import NUM_BUFFERS, PINNED_RING_BYTES, Loading
+from loadstone.plan.segment import Assignment, Missing, Placed, Segment
 from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Unit, UnitKind
 
@@ -47,6 +48,7 @@ class Problem:
         num_passes: decoding passes for each pass over a prompt.
         speeds: of the machine.
         offload: whether anything may be streamed.
+        fronts: whether the front of a unit may stay while the rest of it is streamed, where the host computes.
         host_computes: whether the host may compute beside accelerators.
     """
 
@@ -64,6 +66,7 @@ class Problem:
     num_passes: int
     speeds: Speeds
     offload: bool = True
+    fronts: bool = True
     host_computes: bool = True
 
     def host_workspace(self, computing: Sequence[Unit], num_accelerators: int) -> int:
@@ -98,6 +101,7 @@ class Layout:
     Attributes:
         assignments: every unit once, or its parts, in execution order.
         num_slots: of the rings.
+        slot_bytes: the most that is streamed of a unit that has a front, on the host; 0 where none has.
         ring_bytes: by device: the slots of what computes there, and on the host what is on its way to accelerators.
         pass_s: a decoding pass, then the pass over the prompt, to compare layouts; zero where a map leaves no choice.
     """
@@ -105,6 +109,7 @@ class Layout:
     assignments: tuple[Assignment, ...]
     num_slots: int
     ring_bytes: Mapping[str, int]
+    slot_bytes: int = 0
     pass_s: tuple[float, float] = (0.0, 0.0)
 
 
@@ -174,6 +179,7 @@ def _segment(problem: Problem, device: str, units: Sequence[Unit], host_room: in
         beside=problem.beside_of(units),
         speeds=problem.speeds,
         offload=problem.offload,
+        fronts=problem.fronts,
     )
 
 
@@ -295,6 +301,7 @@ def _joined(placed: Mapping[str, Placed], host: Layout | None = None) -> Layout:
     return Layout(
         assignments=tuple(sorted(together, key=lambda one: one.unit.order)),
         num_slots=min((count for count in slots if count), default=0),
+        slot_bytes=max([one.slot_bytes for one in placed.values()] + ([host.slot_bytes] if host else [])),
         ring_bytes=rings,
         pass_s=(sum(one[0] for one in seconds), sum(one[1] for one in seconds)),
     )

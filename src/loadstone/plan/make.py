@@ -18,7 +18,6 @@ from loadstone.plan.device_map import checked_map, layout_of
 from loadstone.plan.facts import Facts, facts_of
 from loadstone.plan.identity import identity
 from loadstone.plan.layout import Layout, Problem, best_layout
-from loadstone.plan.place import Missing
 from loadstone.plan.predict import device_plans, placements, prediction
 from loadstone.plan.reserve import (
     CAST_BYTES,
@@ -32,6 +31,7 @@ from loadstone.plan.reserve import (
     logits_bytes,
     terms,
 )
+from loadstone.plan.segment import Missing
 from loadstone.plan.units import Inventory, inventory
 from loadstone.plan.values import HOST, Asked, Plan, Run, UnitKind
 from loadstone.units import format_bytes
@@ -142,6 +142,7 @@ class _Planner:
             devices=device_plans(problem, layout, logits_bytes(case.terms)),
             prediction=prediction(problem, layout, generates=case.facts.caches),
             num_slots=layout.num_slots,
+            slot_bytes=layout.slot_bytes,
             reasons=tuple(_reasons(case, asked, layout)),
             label=label,
         )
@@ -170,6 +171,7 @@ class _Planner:
             num_passes=asked.run.context - asked.run.prompt_tokens if facts.caches else 0,
             speeds=speeds_of(self.machine, dtype.value),
             offload=asked.offload,
+            fronts=self.process.shows_pages,
             host_computes=asked.device in (None, HOST),
         )
         return _Case(problem=problem, facts=facts, dtype=dtype, terms=allocated)
@@ -201,13 +203,18 @@ def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
     if not streamed:
         yield f"all {format_bytes(total)} of weights are resident on {', '.join(devices)}"
         return
-    kept = total - sum(one.unit.memory_bytes for one in streamed)
+    kept = total - sum(one.unit.memory_bytes - one.unit.front_bytes for one in streamed)
     resident = f"{format_bytes(kept)} of {format_bytes(total)} of weights are resident"
     if all(one.unit.kind is UnitKind.EMBEDDING for one in streamed):
         names = ", ".join(one.unit.name for one in streamed)
         yield f"{resident}; of {names} only the rows that are looked up are read"
     else:
         yield f"{resident}; what is streamed is spread evenly between them, so that it travels while they compute"
+        if layout.slot_bytes:
+            yield (
+                f"of units of more than {format_bytes(layout.slot_bytes)} the front stays, so that slots are small and "
+                "no room is left over"
+            )
     if layout.num_slots == 1:
         yield "only one slot fits, so computing waits while a unit is brought in"
     if len(devices) > 1 and HOST in devices:

@@ -10,85 +10,19 @@ holds all that less memory held, and the plan is never slower for having more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from loadstone.plan.cost import Beside, Speeds, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.cost import moved_bytes, overlapped_s, rows_bytes, transfer_s, work
 from loadstone.plan.experts import ring_bytes
+from loadstone.plan.fronts import fronted, is_divisible, slot_sizes
 from loadstone.plan.reserve import NUM_BUFFERS
+from loadstone.plan.segment import Assignment, Missing, Placed, Segment
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
 # How many sizes of a slot are tried: each makes all larger units resident.
 _MAX_SLOT_SIZES = 12
 _SLOT_COUNTS = (2, 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """Units that compute on one device, and what there is to place them in.
-
-    Attributes:
-        device: its id.
-        units: in execution order.
-        parts: divides a unit by modules.
-        room_bytes: of the device, for resident units and the ring.
-        host_room_bytes: of the host, for streamed units to live in; 0 where they live on the disk.
-        tokens: of a decoding pass, and of the pass over the prompt.
-        num_passes: decoding passes for each pass over a prompt.
-        beside: what a decoding pass, and the pass over the prompt, do beside products with weights.
-        speeds: of the machine.
-        offload: whether anything may be streamed.
-    """
-
-    device: str
-    units: tuple[Unit, ...]
-    parts: Callable[[Unit], tuple[Unit, ...]]
-    room_bytes: int
-    host_room_bytes: int
-    tokens: tuple[int, int]
-    num_passes: int
-    beside: tuple[Beside, Beside]
-    speeds: Speeds
-    offload: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """A unit, the place that keeps it, and the device that computes with it."""
-
-    unit: Unit
-    home: str
-    compute: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """How the units of a segment are placed.
-
-    Attributes:
-        assignments: in execution order.
-        num_slots: of the ring; 0 where nothing goes through it.
-        ring_bytes: all its slots, and the rows of streamed tables.
-        host_bytes: of streamed units that live in host memory.
-        pass_s: a decoding pass, then the pass over the prompt.
-    """
-
-    assignments: tuple[Assignment, ...]
-    num_slots: int
-    ring_bytes: int
-    host_bytes: int
-    pass_s: tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Missing:
-    """No choice fits.
-
-    Attributes:
-        nbytes: the least that is missing on the device.
-    """
-
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +33,7 @@ class _Group:
         units: in execution order.
         size: of one in the device's memory.
         slot: what one takes of the ring.
+        front: what stays of one that is streamed.
         rows_bytes: of a table: the rows of one pass, which is all that must be held of it; None for other units.
         gain: seconds that a resident byte saves in a decoding pass, then in the pass over the prompt.
     """
@@ -106,6 +41,7 @@ class _Group:
     units: tuple[Unit, ...]
     size: int
     slot: int
+    front: int
     rows_bytes: int | None
     gain: tuple[float, float]
 
@@ -145,7 +81,7 @@ def likeness(unit: Unit) -> tuple[object, ...]:
         unit.expert_parameters,
         len(unit.tensors),
     )
-    return (unit.kind, unit.seen, unit.use_share, *sizes)
+    return (unit.kind, unit.seen, unit.use_share, unit.front_bytes, *sizes)
 
 
 def buffer_bytes(assignments: Iterable[Assignment]) -> int:
@@ -173,6 +109,8 @@ def place(segment: Segment) -> Placed | Missing:
         if len(finer) > len(segment.units):
             fewer, best = _best(segment, _grouped(segment, finer), best)
             missing = min(missing, fewer)
+        if best is not None:
+            best = _with_fronts(segment, finer, best)
     return Missing(nbytes=missing) if best is None else _placed(segment, best)
 
 
@@ -188,6 +126,25 @@ def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple
         if best is None or _cost(segment, choice) < _cost(segment, best):
             best = choice
     return (missing if missing >= 0 else 0), best
+
+
+def _with_fronts(segment: Segment, units: Sequence[Unit], best: _Choice) -> _Choice:
+    """A choice in which the fronts of streamed units stay, where that is better."""
+    if segment.device != HOST or not segment.fronts:
+        return best
+    if not any(is_divisible(group.units[0]) for group in _streamed_groups(best)):
+        return best
+    divisible = [unit for unit in units if is_divisible(unit)]
+    groups = _grouped(segment, [unit for unit in units if not is_divisible(unit)])
+    others = sum(len(group.units) * (group.size if group.rows_bytes is None else group.rows_bytes) for group in groups)
+    num_slots = max(_SLOT_COUNTS)
+    for slot_bytes in slot_sizes(divisible, segment.room_bytes - others, num_slots):
+        choice = _filled(segment, _grouped(segment, fronted(units, slot_bytes)), slot_bytes, num_slots)
+        if isinstance(choice, _Choice):
+            choice.pass_s, choice.moving_s = _pass_s(segment, choice)
+            if _cost(segment, choice) < _cost(segment, best):
+                best = choice
+    return best
 
 
 def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
@@ -222,12 +179,19 @@ def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
     unit = units[0]
     way = segment.speeds.way(DISK, segment.device)
     size = max(1, unit.memory_bytes)
-    decode, prompt = (moved_bytes(unit, tokens) / way[0] / size for tokens in segment.tokens)
+    decode, prompt = (moved_bytes(unit, tokens) / way[0] / (size - unit.front_bytes or 1) for tokens in segment.tokens)
     is_table = unit.kind is UnitKind.EMBEDDING and segment.offload
     rows = rows_bytes(unit, max(segment.tokens)) if is_table else None
     # Rounded, so that units which differ by rounding only are taken by size.
     gain = (_rounded(decode), _rounded(prompt))
-    return _Group(units=units, size=unit.memory_bytes, slot=unit.slot_bytes, rows_bytes=rows, gain=gain)
+    return _Group(
+        units=units,
+        size=unit.memory_bytes,
+        slot=unit.slot_bytes,
+        front=unit.front_bytes,
+        rows_bytes=rows,
+        gain=gain,
+    )
 
 
 def _rounded(value: float) -> float:
@@ -249,8 +213,10 @@ def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int]
     slot_bytes, num_slots = ring
     required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
     left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
-    left -= sum(group.rows_bytes * len(group.units) for group in groups if group.rows_bytes is not None)
-    left -= sum(group.size * len(group.units) for group, must in zip(groups, required, strict=True) if must)
+    left -= sum((group.front + (group.rows_bytes or 0)) * len(group.units) for group in groups)
+    left -= sum(
+        (group.size - group.front) * len(group.units) for group, must in zip(groups, required, strict=True) if must
+    )
     if left < 0:
         return -left
     kept = [len(group.units) if must else 0 for group, must in zip(groups, required, strict=True)]
@@ -258,7 +224,7 @@ def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int]
     for index, group in enumerate(groups):
         if required[index]:
             continue
-        price = group.size - (group.rows_bytes or 0)
+        price = group.size - group.front - (group.rows_bytes or 0)
         fitting = len(group.units) if price <= 0 else min(len(group.units), choice.left_bytes // price)
         kept[index] = fitting
         choice.left_bytes -= fitting * price
@@ -378,9 +344,14 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             if homes.get(unit.name) != ""
         ]
     away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
+    found = [
+        replace(one, unit=replace(one.unit, front_bytes=0)) if one.home == one.compute and one.unit.front_bytes else one
+        for one in found
+    ]
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
         num_slots=choice.num_slots if away else 0,
+        slot_bytes=choice.slot_bytes if any(unit.front_bytes for unit in away) else 0,
         ring_bytes=ring_bytes(away, choice.num_slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,

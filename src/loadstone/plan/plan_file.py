@@ -16,7 +16,7 @@ from loadstone.plan.identity import identity
 from loadstone.plan.values import Placement, Plan
 from loadstone.units import format_bytes, format_seconds
 
-VERSION = 1
+VERSION = 2
 _VERSION_FIELD = "loadstone_plan"
 
 
@@ -99,7 +99,7 @@ def diff(before: Plan, after: Plan) -> tuple[str, ...]:
 
 
 def _differences(before: Plan, after: Plan) -> Iterator[str]:
-    for name in ("dtype", "run", "num_slots"):
+    for name in ("dtype", "run", "num_slots", "slot_bytes"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             yield f"{name}: {_words(old)} -> {_words(new)}"

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from loadstone.plan.cost import moved_bytes, overlapped_s, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import Assignment, likeness
+from loadstone.plan.place import likeness
+from loadstone.plan.segment import Assignment
 from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit, UnitKind
 
 # By compute device: one of each kind of assignment, in execution order, and how many are like it.
@@ -28,6 +29,7 @@ def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
             home_bytes=one.unit.memory_bytes if one.home == one.compute else one.unit.stored_bytes,
             moved_bytes=0 if one.home == one.compute else moved_bytes(one.unit, problem.tokens[0]),
             mapped=one.home == HOST and _is_mapped(one.unit),
+            front_bytes=one.unit.front_bytes,
         )
         for one in layout.assignments
     )
@@ -80,6 +82,7 @@ def _held(device: str, assignments: Iterable[Assignment]) -> tuple[int, int]:
     weights = mapped = 0
     for one in assignments:
         if one.home != device:
+            weights += one.unit.front_bytes if one.compute == device else 0
             continue
         if device != HOST:
             weights += one.unit.memory_bytes
@@ -120,6 +123,8 @@ def _load(problem: Problem, layout: Layout) -> tuple[float, str]:
     links: dict[str, float] = {}
     for one in layout.assignments:
         unit = one.unit
+        seconds["disk"] += unit.front_bytes / speeds.disk
+        seconds["memory"] += unit.front_bytes / speeds.touch
         if one.home not in speeds.compute:
             continue
         seconds["disk"] += unit.stored_bytes / speeds.disk

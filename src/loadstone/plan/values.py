@@ -55,6 +55,7 @@ class Unit:
         seen: the tokens that it is given.
         expert_parameters: of a block: those of its elements that are in tensors which hold all of its experts.
         expert_share: the part of those that one token touches.
+        front_bytes: what stays of it where it is streamed; see `loadstone.plan.fronts`.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Unit:
     seen: Seen = Seen.ALL
     expert_parameters: int = 0
     expert_share: float = 1.0
+    front_bytes: int = 0
 
     def num_tokens(self, tokens: tuple[int, int], index: int) -> int:
         """The tokens that it is given in one kind of pass.
@@ -86,7 +88,8 @@ class Unit:
     @property
     def slot_bytes(self) -> int:
         """What a slot must have to read it into: each tensor begins as far into a block as it does in its file."""
-        return self.memory_bytes + self.rearranged_bytes + 2 * _BLOCK_BYTES * len(self.tensors)
+        whole = self.memory_bytes + self.rearranged_bytes + 2 * _BLOCK_BYTES * len(self.tensors)
+        return whole - self.front_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +146,7 @@ class Placement:
         home_bytes: what it takes at home.
         moved_bytes: what travels in each pass; 0 where it is resident.
         mapped: whether it is used where it lies in the files: file-backed memory, which the kernel can drop.
+        front_bytes: what of it stays in the memory of the compute device though it is streamed.
     """
 
     unit: str
@@ -155,6 +159,7 @@ class Placement:
     home_bytes: int
     moved_bytes: int = 0
     mapped: bool = False
+    front_bytes: int = 0
 
     @property
     def is_streamed(self) -> bool:
@@ -170,7 +175,7 @@ class DevicePlan:
         device: its id.
         name: what its maker calls it.
         budget_bytes: what the plan may use of it.
-        weight_bytes: of resident units in memory of their own.
+        weight_bytes: of resident units in memory of their own, and of the fronts of those that are streamed.
         mapped_bytes: of resident units used where they lie in the files (host only).
         reservation: everything else.
         level_bytes: what the process takes before the load, after its imports (host only); it is within the budget.
@@ -279,6 +284,7 @@ class Plan:
         devices: those that hold something, the host last.
         prediction: how long things take.
         num_slots: of the ring of streamed units; 0 where nothing is streamed.
+        slot_bytes: the most that is streamed of a unit: what it has before that stays; 0 where units come whole.
         reasons: the choices in plain sentences.
         label: what an alternative does differently, "" for the plan that was asked for.
     """
@@ -290,6 +296,7 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     prediction: Prediction
     num_slots: int = 0
+    slot_bytes: int = 0
     reasons: tuple[str, ...] = ()
     label: str = ""
 

@@ -122,9 +122,24 @@ class AtDestination:
         """Memory of the destination."""
         return self._destination.slot(nbytes)
 
+    def memory(self, nbytes: int) -> torch.Tensor:
+        """The same for a unit that is to stay."""
+        return self._destination.slot(nbytes)
+
     def attend(self, slot: torch.Tensor) -> None:
         """What this thread computes from now on waits for what fills the slot."""
         self._destination.attend(slot)
+
+    def seen(self, unit: str, slot: torch.Tensor) -> torch.Tensor:
+        """The slot: all of a unit is in it."""
+        del unit
+        return slot
+
+    def bring_fronts(self) -> None:
+        """There are none."""
+
+    def fill_whole(self) -> None:
+        """So it is."""
 
     def release(self, slot: torch.Tensor) -> None:
         """What this thread was asked to compute until now comes before the next fill of the slot."""

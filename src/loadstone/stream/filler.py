@@ -28,10 +28,17 @@ class Layout:
     Attributes:
         places: of the parameters.
         nbytes: how much memory it takes to fill them.
+        front_bytes: the first of them, where these stay in memory of the unit's own.
     """
 
     places: tuple[Place, ...]
     nbytes: int
+    front_bytes: int = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """How large a slot must be for what comes and goes of the unit."""
+        return self.nbytes - self.front_bytes
 
     @property
     def end(self) -> int:
@@ -86,13 +93,16 @@ class Filler(Protocol):
         """Whether it can fill memory with a unit."""
 
     def layout(self, unit: str) -> Layout:
-        """How a unit lies in a slot, and how large that must be."""
+        """How a unit lies in memory, and how large a slot must be."""
 
     def moved_bytes(self, unit: str) -> int:
         """What travels to fill it."""
 
     def slot(self, nbytes: int) -> torch.Tensor:
         """A new slot, shape (nbytes,), uint8, where the model computes."""
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        """The same for a unit that is to stay, all of which goes there."""
 
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Filling:
         """Begin to fill a slot, which nobody must use meanwhile.
@@ -106,6 +116,9 @@ class Filler(Protocol):
 
     def attend(self, slot: torch.Tensor) -> None:
         """What this thread computes from now on waits for what fills the slot."""
+
+    def seen(self, unit: str, slot: torch.Tensor) -> torch.Tensor:
+        """The memory that a unit lies in as its layout says, once it has arrived in a slot, until that is released."""
 
     def release(self, slot: torch.Tensor) -> None:
         """What this thread was asked to compute until now must be over before the slot is filled anew."""
@@ -131,6 +144,16 @@ class Filler(Protocol):
 
     def readers(self) -> tuple[Reader, ...]:
         """What reads files for it; none where all of it comes from memory."""
+
+    def bring_fronts(self) -> None:
+        """Read what stays of units, where that is neither there nor on its way; without this it comes with its unit.
+
+        Raises:
+            LoadstoneError: it cannot be read, or its file is not the one whose header was read.
+        """
+
+    def fill_whole(self) -> None:
+        """Have every unit whole in its slot from now on; there must be no slot."""
 
     def rest(self, *, leaves_memory: bool = False) -> None:
         """End threads, close files, give back what is only needed on the way, until something is filled again.
@@ -169,4 +192,4 @@ def _view(memory: torch.Tensor, place: Place) -> torch.Tensor:
 
 def slot_sizes(filler: Filler, units: Iterable[str], count: int) -> list[int]:
     """How large each of `count` slots must be, so that any `count` different units find room at once."""
-    return sorted((filler.layout(unit).nbytes for unit in units), reverse=True)[:count]
+    return sorted((filler.layout(unit).slot_bytes for unit in units), reverse=True)[:count]

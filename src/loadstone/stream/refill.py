@@ -83,6 +83,13 @@ class _Read:
     def end(self) -> int:
         return self.begin + self.fill.nbytes * self.fill.destination_bits // self.fill.source_bits
 
+    def part(self, begin: int, end: int, memory: Bytes) -> Fill:
+        """What of it goes between two bytes of a unit, of which `memory` is all. For bytes that only move."""
+        low = min(max(self.begin, begin), self.end)
+        high = max(low, min(self.end, end))
+        offset = self.fill.offset + low - self.begin
+        return replace(self.fill, offset=offset, nbytes=high - low, destination=memory[low:high])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rearrangement:
@@ -145,6 +152,11 @@ class Recipe:
             self._rearrangements[number] = replace(one, begin=begin)
             self.nbytes = begin + decoded_nbytes(one.part, one.info, one.place.target)
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether all of it only moves, so that any part of it can be read by itself."""
+        return not self._rearrangements and all(read.fill.kernel is copy for read in self._reads)
+
     def prepare(self, slot: Bytes) -> tuple[Prepared, list[Rearranged]]:
         """The same for the memory of one slot."""
         fills = [replace(read.fill, destination=slot[read.begin : read.end]) for read in self._reads]
@@ -159,6 +171,21 @@ class Recipe:
                 kernels.append(Rearranged(fill.kernel, fill.nbytes, move))
                 fills.append(replace(fill, destination=decoded, kernel=kernels[-1]))
         return prepare(fills), kernels
+
+    def moved_bytes_behind(self, begin: int) -> int:
+        """How much is read from the files for what lies behind byte `begin` of a unit that only moves."""
+        return sum(min(read.fill.nbytes, max(0, read.end - begin)) for read in self._reads)
+
+    def prepare_part(self, begin: int, end: int, memory: Bytes) -> Prepared:
+        """The same for a part of a unit that only moves: what lies between two of its bytes.
+
+        Args:
+            begin: the first.
+            end: the one after the last.
+            memory: for all of the unit.
+        """
+        parts = [read.part(begin, end, memory) for read in self._reads]
+        return prepare([part for part in parts if part.nbytes])
 
 
 def _joined(reads: Sequence[_Read]) -> list[_Read]:
@@ -264,9 +291,17 @@ class Refill:
             kernel.restart()
         return batch_of(prepared, self.files, unit)
 
+    def batch_of_part(self, unit: str, begin: int, end: int, memory: Bytes) -> Batch:
+        """The same for a part of a unit that only moves; see `Recipe.prepare_part`."""
+        key = (unit, memory.ctypes.data + begin)
+        if key not in self._prepared:
+            self._prepared[key] = self.recipes[unit].prepare_part(begin, end, memory), []
+        return batch_of(self._prepared[key][0], self.files, unit)
+
     def forget(self, slot: Bytes) -> None:
-        """Hold on to a slot no longer: it goes, or is not filled again."""
-        for key in [key for key in self._prepared if key[1] == slot.ctypes.data]:
+        """Hold on to memory no longer: it goes, or is not filled again."""
+        begin = slot.ctypes.data
+        for key in [key for key in self._prepared if begin <= key[1] < begin + slot.size]:
             del self._prepared[key]
 
     def check(self, unit: str) -> None:

@@ -69,16 +69,18 @@ class Way:
         destination: where the slots are.
         keep: where a parameter is kept, by fqn; those of a unit are kept together.
         rounding: the dtype that a parameter is rounded to on its way, by fqn; None for none.
+        slot_bytes: the most of a unit that comes and goes, where it comes from files to the host; 0 for all of it.
     """
 
     destination: Destination
     keep: Callable[[str], Keep] = lambda _: Keep.DISK
     rounding: Rounding = lambda _: None
+    slot_bytes: int = 0
 
 
-def host_way() -> Way:
+def host_way(slot_bytes: int = 0) -> Way:
     """From the files to where the host computes."""
-    return Way(destination=Destination(torch.device("cpu"), NoLink()))
+    return Way(destination=Destination(torch.device("cpu"), NoLink()), slot_bytes=slot_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,7 @@ class FileSource:
         """The shortest chain that ends in the destination."""
         direct = self.is_direct
         self._refill = Refill(self._read({**groups, **tables}), self._checkpoint, self._observer)
-        self._files = FromFiles(self._refill)
+        self._files = FromFiles(self._refill, groups, self._way.slot_bytes if direct else 0)
         return self._files if direct else self._chain(self._files, groups, tables)
 
     def _read(self, groups: Groups) -> dict[str, list[Wanted]]:

@@ -1,0 +1,126 @@
+"""Units whose front stays in memory while the rest of them comes and goes: both are seen as one stretch.
+
+A matrix must lie in one piece to be multiplied with. So the pages of the slot that holds its rest are shown behind
+those of its front: the same pages, at other addresses, for as long as the unit computes. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Final
+
+import numpy as np
+
+from loadstone.stream.memory import PAGE_BYTES, Bytes, anonymous
+
+# From include/uapi/asm-generic/mman-common.h; Python's mmap module lacks the first, and older ones the second.
+_MAP_FIXED: Final = 0x10
+_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.mmap.restype = ctypes.c_void_p
+
+
+def front_bytes(nbytes: int, slot_bytes: int) -> int:
+    """What of a unit must stay so that the rest of it fits into a slot; whole pages.
+
+    Args:
+        nbytes: of the unit.
+        slot_bytes: of the slot.
+    """
+    return _whole_pages(max(0, nbytes - slot_bytes))
+
+
+class SharedSlot:
+    """Memory whose pages can be shown elsewhere too; close it.
+
+    Args:
+        nbytes: how much.
+
+    Attributes:
+        data: it, shape (nbytes,).
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._descriptor = os.memfd_create("loadstone-slot")
+        try:
+            # All pages at once, so that they adjoin in memory; see `FromFiles.slot`.
+            os.posix_fallocate(self._descriptor, 0, _whole_pages(nbytes))
+            self.data: Bytes = np.frombuffer(mmap.mmap(self._descriptor, _whole_pages(nbytes)), np.uint8)[:nbytes]
+        except BaseException:
+            self.close()
+            raise
+
+    def show_at(self, place: Bytes) -> None:
+        """Have the first bytes be seen in a place too, instead of what was there.
+
+        Args:
+            place: whole pages of anonymous memory, at most as many as there are here.
+
+        Raises:
+            OSError: the system has no more room for maps.
+        """
+        _map_at(place, mmap.MAP_SHARED, self._descriptor)
+
+    def close(self) -> None:
+        """Show it nowhere else any more; the pages go with the last of those who see them."""
+        os.close(self._descriptor)
+
+
+class FrontedUnit:
+    """The memory of one unit: its front, and behind it whichever slot the rest is in.
+
+    Args:
+        nbytes: of the unit.
+        front: how many of them stay; whole pages.
+
+    Attributes:
+        data: all of it, shape (nbytes,).
+        front_bytes: see above.
+        is_there: whether the front was read.
+        slot: what the rest is seen in; None for nothing.
+    """
+
+    def __init__(self, nbytes: int, front: int) -> None:
+        # Sparse: what is behind the front is never touched but through a slot.
+        self._whole = anonymous(_whole_pages(nbytes), sparse=True)
+        self.data = self._whole[:nbytes]
+        self.front_bytes = front
+        self.is_there = False
+        self.slot: SharedSlot | None = None
+
+    def show(self, slot: SharedSlot) -> None:
+        """See the rest of the unit in a slot.
+
+        Raises:
+            OSError: the system has no more room for maps.
+        """
+        slot.show_at(self._whole[self.front_bytes :])
+        self.slot = slot
+
+    def hide(self) -> None:
+        """See nothing there any more: pages would count for each unit that sees them, and outlive their slot."""
+        _map_at(self._whole[self.front_bytes :], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        self.slot = None
+
+
+def _map_at(place: Bytes, flags: int, descriptor: int) -> None:
+    address = place.ctypes.data
+    if _libc.mmap(address, place.size, _READ_WRITE, flags | _MAP_FIXED, descriptor, 0) != address:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
