@@ -170,27 +170,33 @@ class States:
         """
         asked, self.shortage.asked_bytes = self.shortage.asked_bytes, 0
         pieces = [piece for piece in self._kept.pieces() if piece.name not in entered]
-        whole = spread.total_bytes(pieces, self._num_slots)
         if asked > 0:
-            fronts = self._fronts()
-            # With fronts the slots are smaller than those of whole units.
-            present = self._fronted_bytes(fronts, pieces) if fronts else whole
-            if fronts and self._limit_bytes is None:
-                self._limit_bytes = present  # what has a front now may come back whole, but not all of it
-            self._fill_whole()
-            room = present - asked
-            gone = spread.lowered(pieces, room, self._num_slots)
-            back = spread.raised(pieces, room, self._num_slots, fronts) if fronts and not gone else []
-            self._exchange(gone, back)
-            gone += [name for name in fronts if name not in back]
-            given = {**{name: self.units[name].nbytes for name in gone}, **fronts}
-            self.shortage.note(gone, sum(given[name] for name in gone))
+            self._give_back(asked, pieces)
         else:
-            room = whole - asked
+            room = spread.total_bytes(pieces, self._num_slots) - asked
             room = room if self._limit_bytes is None else min(room, self._limit_bytes)
             back = spread.raised(pieces, room, self._num_slots, self.shortage.units)
             self._exchange([], back)
             self.shortage.units -= set(back)
+
+    def _give_back(self, asked_bytes: int, pieces: Sequence[spread.Piece]) -> None:
+        """Let units go; fronts first, which are what the slots are small for, so that some of them come back whole."""
+        fronts = self._fronts()
+        if not fronts:
+            gone = spread.lowered(pieces, spread.total_bytes(pieces, self._num_slots) - asked_bytes, self._num_slots)
+            self._exchange(gone, [])
+            self.shortage.note(gone, sum(self.units[name].nbytes for name in gone))
+            return
+        before = self._fronted_bytes(fronts, pieces)
+        if self._limit_bytes is None:
+            self._limit_bytes = before  # units that had a front could come back whole, and take more than before
+        self._fill_whole()
+        gone = spread.lowered(pieces, before - asked_bytes, self._num_slots)
+        back = spread.raised(pieces, before - asked_bytes, self._num_slots, fronts) if not gone else []
+        self._exchange(gone, back)
+        gone += [name for name in fronts if name not in back]
+        given = {name: self.units[name].nbytes for name in gone} | fronts
+        self.shortage.note(gone, sum(given[name] for name in gone))
 
     def relieve(self, error: BaseException) -> None:
         """Give memory back after a forward that had too little of it, and say so in the error."""
