@@ -116,7 +116,7 @@ def test_streamed_equals_resident(tmp_path: Path, number: int, slot_bytes: int) 
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert stats.streamed_bytes > 0
-    assert bool(stats.front_bytes) is bool(slot_bytes)
+    assert bool(stats.front_bytes) is bool(slot_bytes and stats.num_units)
 
 
 def test_rows_pair_everything_with_everything() -> None:
