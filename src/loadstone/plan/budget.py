@@ -27,11 +27,14 @@ class Process:
 
     Attributes:
         level_bytes: after torch and transformers are imported.
-        is_taken: whether they are, so that free memory is already less by it.
+        pages_bytes: of libraries, which are first needed when a model computes. The kernel can drop them, and where all
+            else is in use it does, and reads them again in each pass.
+        is_taken: whether the imports are there, so that free memory is already less by them.
         shows_pages: whether it can show the same memory at several addresses, which fronts of units need.
     """
 
     level_bytes: int = 0
+    pages_bytes: int = 0
     is_taken: bool = False
     shows_pages: bool = True
 

@@ -159,7 +159,7 @@ class _Planner:
             inventory=found,
             devices=devices,
             budgets=budgets(self.machine, asked.max_memory, self.process),
-            level_bytes=self.process.level_bytes,
+            level_bytes=self.process.level_bytes + self.process.pages_bytes,
             cache_bytes=cache_by_order(found.units, cache_bytes(facts, pressure)),
             beside=beside_by_order(facts, pressure, found.units),
             pass_bytes=activation_bytes(allocated) + logits_bytes(allocated),

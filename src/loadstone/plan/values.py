@@ -178,7 +178,7 @@ class DevicePlan:
         weight_bytes: of resident units in memory of their own, and of the fronts of those that are streamed.
         mapped_bytes: of resident units used where they lie in the files (host only).
         reservation: everything else.
-        level_bytes: what the process takes before the load, after its imports (host only); it is within the budget.
+        level_bytes: what the process takes beside the model: imports and libraries (host only); within the budget.
     """
 
     device: str
