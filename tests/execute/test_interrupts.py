@@ -16,9 +16,10 @@ from torch import nn
 from loadstone.api.load import Request, carry_out
 from loadstone.execute import kept, meter, prefetch, residency, slots, states, turn
 from loadstone.execute.values import Streaming
-from loadstone.stream import read, refill, rows
+from loadstone.stream import from_files, fronts, read, refill, rows
 
-FILES = {module.__file__ for module in (residency, slots, states, kept, turn, meter, prefetch, refill, read, rows)}
+EXECUTE = (residency, slots, states, kept, turn, meter, prefetch)
+FILES = {module.__file__ for module in (*EXECUTE, from_files, fronts, refill, read, rows)}
 X = torch.arange(8)[None]
 
 
@@ -45,8 +46,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def streamed(path: Path) -> Any:
-    streaming = Streaming(units=("embed", *(f"layers.{number}" for number in range(4))))
+def streamed(path: Path, slot_bytes: int = 0) -> Any:
+    units = ("embed", *(f"layers.{number}" for number in range(4)))
+    streaming = Streaming(units=units, slot_bytes=slot_bytes)
     return carry_out(Request(source=path, into=Stack, streaming=streaming))
 
 
@@ -92,9 +94,12 @@ def in_a_thread(model: nn.Module) -> torch.Tensor | None:
     return found[0] if found else None
 
 
-def test_an_interrupt_at_any_line_leaves_the_model_usable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slot_bytes", [0, 4096])
+def test_an_interrupt_at_any_line_leaves_the_model_usable(
+    path: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int
+) -> None:
     monkeypatch.setattr(turn, "_PATIENCE_S", 0.002)
-    model = streamed(path)
+    model = streamed(path, slot_bytes)
     expected = run(model)
     line = 1
     while interrupted_at(model, line):
