@@ -106,13 +106,14 @@ class FrontedUnit:
         Raises:
             OSError: the system has no more room for maps.
         """
+        self.slot = None  # an interrupt can come at any line: what is said to be seen must be
         slot.show_at(self._whole[self.front_bytes :])
         self.slot = slot
 
     def hide(self) -> None:
         """See nothing there any more: pages would count for each unit that sees them, and outlive their slot."""
-        _map_at(self._whole[self.front_bytes :], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
         self.slot = None
+        _map_at(self._whole[self.front_bytes :], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
 
 
 def _map_at(place: Bytes, flags: int, descriptor: int) -> None:
