@@ -20,6 +20,7 @@ import loadstone
 from loadstone.api.load import Request, carry_out
 from loadstone.errors import FileChanged
 from loadstone.execute.values import Streaming
+from loadstone.hardware.memory import PeakWatch, resident
 
 __all__ = ["folder", "quiet"]  # fixtures
 SLOT = 8192
@@ -159,3 +160,25 @@ def test_what_a_block_returns_of_its_own_weights_is_a_copy(tmp_path: Path) -> No
     with torch.inference_mode():
         for x in (torch.zeros(1, 100), torch.ones(1, 100)):
             assert equal(model(x), whole(x))
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2048, 4096, bias=False) for _ in range(4))
+
+
+def test_a_load_takes_no_more_than_it_says(tmp_path: Path) -> None:
+    names = [f"layers.{number}" for number in range(4)]
+    save_file({f"{name}.weight": torch.zeros(4096, 2048) for name in names}, tmp_path / "wide.safetensors")
+    streaming = Streaming(units=tuple(names), slot_bytes=4 << 20)
+    request = Request(source=tmp_path / "wide.safetensors", into=Wide, streaming=streaming)
+    carry_out(request)  # everything is imported
+    before = resident().anonymous_bytes
+    with PeakWatch() as watch:
+        model = carry_out(request)
+    peak, foretold = watch.peak.anonymous_bytes - before, loadstone.of(model).report.foretold
+    fronts = stats(model).front_bytes
+    assert 4 * (28 << 20) <= fronts <= 4 * ((28 << 20) + 4096)
+    assert 0.9 * fronts < peak <= foretold.anonymous_bytes
+    assert foretold.streaming_bytes == fronts + stats(model).slot_bytes

@@ -33,6 +33,7 @@ from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.probe import probe
 from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
+from loadstone.plan.values import HOST
 from loadstone.report.load_report import CudaMemory, LoadReport
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
 from loadstone.stream.refill import Wanted as Filled
@@ -130,6 +131,7 @@ def assemble(begun: Begun) -> Assembled:
         told.text = _generation_config(begun, module)
     origin = _origin(mapped, checkpoint, module, made.tensors)
     residency = _attached(begun, module, streamed, origin)
+    foretold = replace(foretold, streaming_bytes=_streaming_bytes(begun, residency))
     finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
     return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
 
@@ -185,9 +187,18 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origi
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
             f"of {format_bytes(stats.slot_bytes)} together"
         )
+        if stats.front_bytes:
+            told.text += f", beside {format_bytes(stats.front_bytes)} of them that stay"
         if stats.room_bytes:
             told.text += f"; of experts those that are chosen, of which {format_bytes(stats.room_bytes)} stay"
     return residency
+
+
+def _streaming_bytes(begun: Begun, residency: Residency | None) -> int:
+    """What streaming takes of the host's memory."""
+    if residency is None or begun.streaming is None or begun.streaming.device != HOST:
+        return 0
+    return residency.stats().memory_bytes
 
 
 def _blueprint(begun: Begun) -> Blueprint:

@@ -196,6 +196,11 @@ class StreamStats:
     given_back_bytes: int = 0
 
     @property
+    def memory_bytes(self) -> int:
+        """What streaming takes, where the model computes: slots, fronts, and the room of experts."""
+        return self.slot_bytes + self.front_bytes + self.room_bytes
+
+    @property
     def compute_s(self) -> float:
         """What forwards did besides waiting."""
         return max(0.0, self.pass_s - self.stall_s)

@@ -26,16 +26,18 @@ class LoadPeak:
         weight_bytes: anonymous memory of tensors that are cast, decoded, rearranged or put together.
         mapped_bytes: tensors used where they lie in their files, which the kernel can drop and read again.
         workspace_bytes: buffers, what lies between two steps, and what Python keeps of the tensors.
+        streaming_bytes: slots of what is streamed, fronts that stay of it, and the room that experts share.
     """
 
     weight_bytes: int
     mapped_bytes: int
     workspace_bytes: int
+    streaming_bytes: int = 0
 
     @property
     def anonymous_bytes(self) -> int:
         """All of it that cannot be dropped."""
-        return self.weight_bytes + self.workspace_bytes
+        return self.weight_bytes + self.workspace_bytes + self.streaming_bytes
 
 
 def load_peak(
