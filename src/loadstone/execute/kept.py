@@ -15,7 +15,7 @@ from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.slots import Ring, Slot
 from loadstone.execute.spread import Piece
 from loadstone.stream.filler import Filler, Filling, Layout
-from loadstone.stream.memory import PAGE_BYTES, give_back, unmap_clean
+from loadstone.stream.memory import give_back, unmap_clean, whole_pages
 from loadstone.stream.rows import Table
 
 
@@ -320,7 +320,7 @@ class Kept:
     def _cut(self, unit: Unit, memory: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter; what was needed to put them there is given back."""
         layout = self._filler.layout(unit.name)
-        end = -(-layout.end // PAGE_BYTES) * PAGE_BYTES
+        end = whole_pages(layout.end)
         if end < memory.numel() and self._filler.on_host:
             give_back(memory[end:].numpy())
         return layout.views(memory)

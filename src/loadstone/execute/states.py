@@ -182,14 +182,11 @@ class States:
     def _give_back(self, asked_bytes: int, pieces: Sequence[spread.Piece]) -> None:
         """Let units go; fronts first, which are what the slots are small for, so that some of them come back whole."""
         fronts = self._fronts()
-        if not fronts:
-            gone = spread.lowered(pieces, spread.total_bytes(pieces, self._num_slots) - asked_bytes, self._num_slots)
-            self._exchange(gone, [])
-            self.shortage.note(gone, sum(self.units[name].nbytes for name in gone))
-            return
-        before = self._fronted_bytes(fronts, pieces)
-        if self._limit_bytes is None:
-            self._limit_bytes = before  # units that had a front could come back whole, and take more than before
+        before = spread.total_bytes(pieces, self._num_slots)
+        if fronts:
+            before = self._fronted_bytes(fronts, pieces)
+            if self._limit_bytes is None:
+                self._limit_bytes = before  # units that had a front could come back whole, and take more than before
         self._fill_whole()
         gone = spread.lowered(pieces, before - asked_bytes, self._num_slots)
         back = spread.raised(pieces, before - asked_bytes, self._num_slots, fronts) if not gone else []

@@ -6,30 +6,12 @@ those of its front: the same pages, at other addresses, for as long as the unit 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-from typing import Final
 
 import numpy as np
 
-from loadstone.stream.memory import PAGE_BYTES, Bytes, anonymous
-
-# From include/uapi/asm-generic/mman-common.h; Python's mmap module lacks the first, and older ones the second.
-_MAP_FIXED: Final = 0x10
-_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-]
-_libc.mmap.restype = ctypes.c_void_p
+from loadstone.stream.memory import Bytes, anonymous, map_over, whole_pages
 
 
 def front_bytes(nbytes: int, slot_bytes: int) -> int:
@@ -39,7 +21,7 @@ def front_bytes(nbytes: int, slot_bytes: int) -> int:
         nbytes: of the unit.
         slot_bytes: of the slot.
     """
-    return _whole_pages(max(0, nbytes - slot_bytes))
+    return whole_pages(max(0, nbytes - slot_bytes))
 
 
 class SharedSlot:
@@ -56,8 +38,8 @@ class SharedSlot:
         self._descriptor = os.memfd_create("loadstone-slot")
         try:
             # All pages at once, so that they adjoin in memory; see `FromFiles.slot`.
-            os.posix_fallocate(self._descriptor, 0, _whole_pages(nbytes))
-            self.data: Bytes = np.frombuffer(mmap.mmap(self._descriptor, _whole_pages(nbytes)), np.uint8)[:nbytes]
+            os.posix_fallocate(self._descriptor, 0, whole_pages(nbytes))
+            self.data: Bytes = np.frombuffer(mmap.mmap(self._descriptor, whole_pages(nbytes)), np.uint8)[:nbytes]
         except BaseException:
             self.close()
             raise
@@ -71,7 +53,7 @@ class SharedSlot:
         Raises:
             OSError: the system has no more room for maps.
         """
-        _map_at(place, mmap.MAP_SHARED, self._descriptor)
+        map_over(place, self._descriptor)
 
     def close(self) -> None:
         """Show it nowhere else any more; the pages go with the last of those who see them."""
@@ -94,7 +76,7 @@ class FrontedUnit:
 
     def __init__(self, nbytes: int, front: int) -> None:
         # Sparse: what is behind the front is never touched but through a slot.
-        self._whole = anonymous(_whole_pages(nbytes), sparse=True)
+        self._whole = anonymous(whole_pages(nbytes), sparse=True)
         self.data = self._whole[:nbytes]
         self.front_bytes = front
         self.is_there = False
@@ -113,15 +95,4 @@ class FrontedUnit:
     def hide(self) -> None:
         """See nothing there any more: pages would count for each unit that sees them, and outlive their slot."""
         self.slot = None
-        _map_at(self._whole[self.front_bytes :], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
-
-
-def _map_at(place: Bytes, flags: int, descriptor: int) -> None:
-    address = place.ctypes.data
-    if _libc.mmap(address, place.size, _READ_WRITE, flags | _MAP_FIXED, descriptor, 0) != address:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-
-
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        map_over(self._whole[self.front_bytes :], None)

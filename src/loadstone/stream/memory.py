@@ -19,6 +19,7 @@ from loadstone.errors import TruncatedFile
 
 # From include/uapi/linux/mman.h and asm-generic/mman-common.h; Python's mmap module lacks the last ones.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_FIXED = 0x10
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 PAGE_BYTES = mmap.PAGESIZE
@@ -34,6 +35,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _libc.writev.restype = ctypes.c_ssize_t
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
@@ -269,6 +272,29 @@ def anonymous(nbytes: int, *, sparse: bool = False) -> Bytes:
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sparse else 0)
     return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
+
+
+def map_over(place: Bytes, descriptor: int | None) -> None:
+    """Have other pages be seen in a place, instead of what was there.
+
+    Args:
+        place: whole pages of anonymous memory.
+        descriptor: of a file, whose first bytes are seen and written to; None for nothing, zeros that take no memory.
+
+    Raises:
+        OSError: the system has no more room for maps.
+    """
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE if descriptor is None else mmap.MAP_SHARED
+    address, protection = place.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
+    found = _libc.mmap(address, place.size, protection, kind | _MAP_FIXED, -1 if descriptor is None else descriptor, 0)
+    if found != address:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def whole_pages(nbytes: int) -> int:
+    """The bytes of the pages that so many bytes take."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def give_back(array: Bytes) -> None:
