@@ -4,6 +4,10 @@ A Qwen2.5-1.5B geometry in bf16 (random weights, four shards) is loaded as store
 transformers, accelerate and safetensors+assign, each in fresh processes, one after the other, with the page cache cold
 and warm. `process` counts from the start of the process, imports included; `load` starts when everything is imported.
 
+Beside the float32 loads stands what no loader can be spared, in processes that have imported the same: `find_memory`
+only asks the kernel for the pages of the weights, with a thread for each core; `plain_cast` also reads the files
+(through the page cache when warm, past it with eight threads when cold) and casts, without a model or a check.
+
     python benchmarks/bench_load.py --repeats 3
 """
 
@@ -11,15 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
+import os
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import harness
 import make_checkpoint
 
 PARAMETER_BYTES = {"bfloat16": 2, "float32": 4}
+FLOORS = ("find_memory", "plain_cast")
+CHUNK_BYTES, BLOCK_BYTES, DIRECT_THREADS = 1 << 20, 4096, 8
+MADV_POPULATE_WRITE = 23
 
 
 def load_loadstone(folder: Path, dtype: str) -> Any:
@@ -76,6 +89,45 @@ PEERS = {
 }
 
 
+def floor(folder: Path, what: str, *, cold: bool) -> float:
+    """Seconds of a plain loop over all bytes of the checkpoint: memory twice as large is found, and cast into."""
+    files = sorted(folder.glob("*.safetensors"))
+    begin = time.perf_counter()
+    pieces, lock = _pieces(files, os.O_DIRECT if cold else 0), threading.Lock()
+
+    def work() -> None:
+        buffer = mmap.mmap(-1, CHUNK_BYTES)
+        read = np.frombuffer(buffer, np.uint16)
+        while True:
+            with lock:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            descriptor, offset, memory, weights = piece
+            memory.madvise(MADV_POPULATE_WRITE, 2 * offset, 2 * CHUNK_BYTES)
+            if what == "plain_cast":
+                count = os.preadv(descriptor, [buffer], offset)
+                # A bfloat16 is the upper half of a float32, and new memory is zero.
+                weights[offset + 1 : offset + count : 2] = read[: count // 2]
+
+    workers = [threading.Thread(target=work) for _ in range(DIRECT_THREADS if cold else os.cpu_count() or 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - begin
+
+
+def _pieces(files: list[Path], flags: int) -> Iterator[tuple[int, int, mmap.mmap, Any]]:
+    """Chunks of files: descriptor, offset, and the memory of all of the file as float32, whole chunks."""
+    for path in files:
+        nbytes = -(-path.stat().st_size // CHUNK_BYTES) * CHUNK_BYTES
+        descriptor, memory = os.open(path, os.O_RDONLY | flags), mmap.mmap(-1, 2 * nbytes)
+        weights = np.frombuffer(memory, np.uint16)
+        for offset in range(0, nbytes, CHUNK_BYTES):
+            yield descriptor, offset, memory, weights
+
+
 def import_everything(peer: str) -> None:
     """What the peer imports by itself during a load, imported beforehand."""
     import torch  # noqa: F401
@@ -98,6 +150,9 @@ def child(arguments: argparse.Namespace) -> None:
         before = harness.anonymous_bytes()
         if arguments.cold:
             harness.drop_caches()
+    if arguments.peer in FLOORS:
+        print(json.dumps({"load_s": floor(arguments.folder, arguments.peer, cold=arguments.cold)}))
+        return
     watch = harness.AnonymousPeak()
     begin = time.perf_counter()
     model = PEERS[arguments.peer](arguments.folder, arguments.dtype)
@@ -146,7 +201,8 @@ def measure(arguments: argparse.Namespace, mode: str, dtype: str, cold: bool) ->
         )
 
     print(f"{mode}, {dtype}, {'cold' if cold else 'warm'}", flush=True)
-    return harness.in_turn(arguments.peers.split(","), arguments.repeats, run)
+    floors = FLOORS if mode == "load" and dtype == "float32" else ()
+    return harness.in_turn([*arguments.peers.split(","), *floors], arguments.repeats, run)
 
 
 def report(cases: dict[str, dict[str, list[dict[str, Any]]]], weight_bytes: dict[str, int]) -> list[str]:
@@ -159,6 +215,9 @@ def report(cases: dict[str, dict[str, list[dict[str, Any]]]], weight_bytes: dict
         table.add_column(column)
     for case, runs in cases.items():
         for peer, of_peer in runs.items():
+            if peer in FLOORS:
+                table.add_row(case, peer, f"{harness.median(of_peer, 'load_s'):.2f}")
+                continue
             figures = [f"{harness.median(of_peer, key):.2f}" for key in ("load_s", "forward_s", "sum_s", "process_s")]
             table.add_row(case, peer, *figures, f"{harness.median(of_peer, 'peak_bytes') / 1e9:.2f}")
     Console(width=120).print(table)
@@ -169,7 +228,7 @@ def report(cases: dict[str, dict[str, list[dict[str, Any]]]], weight_bytes: dict
         goals.extend(
             f"DIFFER  {case}: the peers' {what} are not bit-equal"
             for what in ("weights", "logits")
-            if len({run[what] for of_peer in runs.values() for run in of_peer}) > 1
+            if len({run[what] for of_peer in runs.values() for run in of_peer if what in run}) > 1
         )
         if mode == "load" and dtype == "bfloat16":
             rivals = [of_peer for peer, of_peer in runs.items() if peer != "loadstone"]
@@ -179,6 +238,9 @@ def report(cases: dict[str, dict[str, list[dict[str, Any]]]], weight_bytes: dict
         if mode == "load" and dtype == "float32" and theirs:
             ratio = harness.median_ratio(ours, theirs, "load_s")
             goals.append(harness.verdict(f"{case}: load / transformers", ratio, 0.6 if heat == "cold" else 0.7))
+            for peer in FLOORS:
+                least = harness.median_ratio(runs[peer], theirs, "load_s")
+                goals.append(f"floor    {case}: {peer} / transformers: {least:.3g}")
             peak = harness.median(ours, "load_peak_bytes") / weight_bytes[dtype]
             goals.append(harness.verdict(f"{case}: peak anonymous RSS / float32 weights", peak, 1.05))
         if mode == "process" and theirs:
