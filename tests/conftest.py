@@ -26,6 +26,17 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pressure, "PERIOD_S", 3600.0)
 
 
+@pytest.fixture
+def small_grains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests compute with is a thousand times smaller than what is worth compressing; there, less is gained."""
+    from loadstone import compression
+    from loadstone.stream import compressed
+
+    monkeypatch.setattr(compression, "GRAIN_BYTES", 512)
+    monkeypatch.setattr(compression, "SHARE", 1.0)
+    monkeypatch.setattr(compressed, "CHUNK_BYTES", 2048)
+
+
 @pytest.fixture(scope="session")
 def chatty_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny language model with a tokenizer and a chat template."""

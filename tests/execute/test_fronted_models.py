@@ -1,4 +1,4 @@
-"""Models of whose units the front stays compute what the resident model computes, whatever happens to them."""
+"""Models of whose units some stays compute what the resident model computes, whatever happens to them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ __all__ = ["folder", "quiet"]  # fixtures
 SLOT = 8192
 
 
+@pytest.fixture(params=[None, 2048], ids=["fronts", "compressed"])
+def stays(request: pytest.FixtureRequest, small_grains: None) -> dict[str, Any]:
+    """Fronts, and beside them what is compressed."""
+    return {"slot_bytes": SLOT, "read_bytes": request.param}
+
+
 def taken(model: Any) -> int:
-    """What is in memory: what is kept, slots, and fronts."""
-    return kept_bytes(model) + stats(model).front_bytes
+    """What is in memory: what is kept, slots, and what stays of what is streamed."""
+    return kept_bytes(model) + stats(model).front_bytes + stats(model).compressed_bytes
 
 
 def shared_bytes() -> int:
@@ -40,19 +46,20 @@ def shared_bytes() -> int:
     ("kind", "model_type"),
     [("causal", "qwen2"), ("causal", "mamba"), ("seq2seq", "t5"), ("encoder", "albert"), ("speech", "whisper")],
 )
-def test_parked_and_woken_it_is_the_same(tmp_path: Path, kind: str, model_type: str) -> None:
-    path = builders.write_checkpoint(builders.tiny_model(model_type, kind), tmp_path)
+def test_parked_and_woken_it_is_the_same(tmp_path: Path, kind: str, model_type: str, stays: dict[str, Any]) -> None:
+    path = builders.write_checkpoint(builders.tiny_model(model_type, kind).to(torch.bfloat16), tmp_path)
     whole: Any = loadstone.load(path)
-    model = streamed(path, units_of(whole), slot_bytes=SLOT)
+    model = streamed(path, units_of(whole), **stays)
     assert stats(model).front_bytes > 0
+    assert bool(stats(model).compressed_bytes) is bool(stays["read_bytes"])
     inputs = builders.sample_inputs(whole, kind)
     assert equal(builders.outputs(model, inputs), builders.outputs(whole, inputs))
     parked_and_woken(model, inputs)
     assert equal(builders.outputs(model, inputs), builders.outputs(whole, inputs))
 
 
-def test_only_what_is_behind_the_fronts_is_read_again(folder: Path) -> None:
-    model = streamed(folder, LAYERS, slot_bytes=SLOT)
+def test_only_what_is_behind_the_fronts_is_read_again(folder: Path, stays: dict[str, Any]) -> None:
+    model = streamed(folder, LAYERS, **stays)
     logits(model)
     before = stats(model)
     for _ in range(3):
@@ -62,11 +69,12 @@ def test_only_what_is_behind_the_fronts_is_read_again(folder: Path) -> None:
     assert after.unforeseen == before.unforeseen
     assert after.streamed_bytes - before.streamed_bytes == 3 * after.pass_bytes
     assert after.pass_bytes <= len(LAYERS) * SLOT < total / 2
+    assert after.compressed_bytes == 0 or after.pass_bytes < len(LAYERS) * SLOT / 2
     assert after.slot_bytes <= 2 * SLOT
 
 
-def test_no_slot_is_seen_behind_a_front_after_a_pass(folder: Path) -> None:
-    model = streamed(folder, LAYERS, slot_bytes=SLOT)
+def test_no_slot_is_seen_behind_a_front_after_a_pass(folder: Path, stays: dict[str, Any]) -> None:
+    model = streamed(folder, LAYERS, **stays)
     logits(model)
     before = shared_bytes()
     for _ in range(100):
@@ -74,8 +82,8 @@ def test_no_slot_is_seen_behind_a_front_after_a_pass(folder: Path) -> None:
     assert shared_bytes() <= before + 2 * SLOT
 
 
-def test_blocks_may_be_used_in_any_order(folder: Path) -> None:
-    whole, model = loadstone.load(folder), streamed(folder, LAYERS, slot_bytes=SLOT)
+def test_blocks_may_be_used_in_any_order(folder: Path, stays: dict[str, Any]) -> None:
+    whole, model = loadstone.load(folder), streamed(folder, LAYERS, **stays)
     x, positions = torch.randn(1, 4, whole.config.hidden_size, dtype=whole.dtype), torch.arange(4)[None]
     with torch.inference_mode():
         embeddings = whole.model.rotary_emb(x, positions)
@@ -85,11 +93,11 @@ def test_blocks_may_be_used_in_any_order(folder: Path) -> None:
     assert torch.equal(logits(model), logits(whole))
 
 
-def test_a_limit_holds_and_gives_the_fronts_up(folder: Path) -> None:
+def test_a_limit_holds_and_gives_the_fronts_up(folder: Path, stays: dict[str, Any]) -> None:
     whole = loadstone.load(folder)
     expected, total = logits(whole), sum(parameter.nbytes for parameter in whole.parameters())
     for park in (False, True):
-        model = streamed(folder, LAYERS, slot_bytes=SLOT)
+        model = streamed(folder, LAYERS, **stays)
         loaded = loadstone.of(model)
         assert torch.equal(logits(model), expected)
         if park:
@@ -98,15 +106,15 @@ def test_a_limit_holds_and_gives_the_fronts_up(folder: Path) -> None:
             loaded.limit(int(share * total))
             for _ in range(2):
                 assert torch.equal(logits(model), expected)
-            assert stats(model).front_bytes == 0
+            assert stats(model).front_bytes == stats(model).compressed_bytes == 0
             assert taken(model) <= share * total
         loaded.limit(None)
         assert torch.equal(logits(model), expected)
         assert away(model) == set()
 
 
-def test_where_memory_is_short_fronts_go_and_no_more_comes_back(folder: Path) -> None:
-    whole, model = loadstone.load(folder), streamed(folder, LAYERS, slot_bytes=SLOT)
+def test_where_memory_is_short_fronts_go_and_no_more_comes_back(folder: Path, stays: dict[str, Any]) -> None:
+    whole, model = loadstone.load(folder), streamed(folder, LAYERS, **stays)
     expected, block = logits(whole), sum(one.nbytes for one in whole.model.layers[0].parameters())
     assert torch.equal(logits(model), expected)
     before = taken(model)
@@ -121,9 +129,9 @@ def test_where_memory_is_short_fronts_go_and_no_more_comes_back(folder: Path) ->
         assert torch.equal(logits(model), expected)
 
 
-def test_a_file_that_changes_is_named(tmp_path: Path, folder: Path) -> None:
+def test_a_file_that_changes_is_named(tmp_path: Path, folder: Path, stays: dict[str, Any]) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
-    model = streamed(copied, LAYERS, slot_bytes=SLOT)
+    model = streamed(copied, LAYERS, **stays)
     logits(model)
     file = next(copied.glob("*.safetensors"))
     os.utime(file, (1, 1))

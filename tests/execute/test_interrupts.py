@@ -13,21 +13,22 @@ import pytest
 import torch
 from torch import nn
 
+import loadstone
 from loadstone.api.load import Request, carry_out
 from loadstone.execute import kept, meter, prefetch, residency, slots, states, turn
 from loadstone.execute.values import Streaming
-from loadstone.stream import from_files, fronts, read, refill, rows
+from loadstone.stream import compressed, from_files, fronts, read, refill, rows
 
 EXECUTE = (residency, slots, states, kept, turn, meter, prefetch)
-FILES = {module.__file__ for module in (*EXECUTE, from_files, fronts, refill, read, rows)}
+FILES = {module.__file__ for module in (*EXECUTE, compressed, from_files, fronts, refill, read, rows)}
 X = torch.arange(8)[None]
 
 
 class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(50, 32)
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.embed = nn.Embedding(50, 80)
+        self.layers = nn.ModuleList(nn.Linear(80, 80) for _ in range(4))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
@@ -42,13 +43,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("stack") / "stack.safetensors"
     torch.manual_seed(0)
-    save_file(Stack().state_dict(), path)
+    save_file(Stack().to(torch.bfloat16).state_dict(), path)
     return path
 
 
-def streamed(path: Path, slot_bytes: int = 0) -> Any:
+def streamed(path: Path, slot_bytes: int = 0, read_bytes: int | None = None) -> Any:
     units = ("embed", *(f"layers.{number}" for number in range(4)))
-    streaming = Streaming(units=units, slot_bytes=slot_bytes)
+    streaming = Streaming(units=units, slot_bytes=slot_bytes, read_bytes=read_bytes)
     return carry_out(Request(source=path, into=Stack, streaming=streaming))
 
 
@@ -94,12 +95,16 @@ def in_a_thread(model: nn.Module) -> torch.Tensor | None:
     return found[0] if found else None
 
 
-@pytest.mark.parametrize("slot_bytes", [0, 4096])
+@pytest.mark.usefixtures("small_grains")
+@pytest.mark.parametrize(("slot_bytes", "read_bytes"), [(0, None), (4096, None), (4096, 64)])
 def test_an_interrupt_at_any_line_leaves_the_model_usable(
-    path: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int
+    path: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int, read_bytes: int | None
 ) -> None:
     monkeypatch.setattr(turn, "_PATIENCE_S", 0.002)
-    model = streamed(path, slot_bytes)
+    model = streamed(path, slot_bytes, read_bytes)
+    stats = loadstone.of(model).stats()
+    assert stats is not None
+    assert (bool(stats.front_bytes), bool(stats.compressed_bytes)) == (bool(slot_bytes), bool(read_bytes))
     expected = run(model)
     line = 1
     while interrupted_at(model, line):

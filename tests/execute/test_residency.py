@@ -86,10 +86,11 @@ def streamed(
     *,
     num_slots: int = 2,
     slot_bytes: int = 0,
+    read_bytes: int | None = None,
     dtype: str | None = None,
     **more: Any,
 ) -> Any:
-    streaming = Streaming(units=units, num_slots=num_slots, slot_bytes=slot_bytes)
+    streaming = Streaming(units=units, num_slots=num_slots, slot_bytes=slot_bytes, read_bytes=read_bytes)
     return carry_out(Request(source=path, dtype=dtype, streaming=streaming, **more))
 
 

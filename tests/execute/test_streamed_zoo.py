@@ -97,16 +97,18 @@ def prompts(batch: int, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
-@pytest.mark.parametrize("slot_bytes", [0, 8192])
+@pytest.mark.usefixtures("small_grains")
+@pytest.mark.parametrize(("slot_bytes", "read_bytes"), [(0, None), (8192, None), (8192, 2048)])
 @pytest.mark.parametrize("number", range(len(ZOO)))
-def test_streamed_equals_resident(tmp_path: Path, number: int, slot_bytes: int) -> None:
+def test_streamed_equals_resident(tmp_path: Path, number: int, slot_bytes: int, read_bytes: int | None) -> None:
     name = list(ZOO)[number]
-    # What is cast has no fronts.
+    # Nothing stays of what is cast.
     kind, dtype = ZOO[name][0], ("bfloat16", "float32")[number % 2 if not slot_bytes else 0]
     path = made(tmp_path, name)
     whole: Any = loadstone.load(path, dtype=dtype)
     share, num_slots, batch = ROWS[number]
-    model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype, slot_bytes=slot_bytes)
+    stays: dict[str, Any] = {"slot_bytes": slot_bytes, "read_bytes": read_bytes}
+    model = streamed(path, units_of(whole, share), num_slots=num_slots, dtype=dtype, **stays)
     if kind == "encoder":
         for length in (12, 40, 3):
             inputs = {"input_ids": prompts(batch, length)}
@@ -117,6 +119,7 @@ def test_streamed_equals_resident(tmp_path: Path, number: int, slot_bytes: int) 
     assert stats is not None
     assert stats.streamed_bytes > 0
     assert bool(stats.front_bytes) is bool(slot_bytes and stats.num_units)
+    assert bool(stats.compressed_bytes) is bool(read_bytes and stats.num_units)
 
 
 def test_rows_pair_everything_with_everything() -> None:

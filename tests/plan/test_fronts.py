@@ -10,7 +10,7 @@ from loadstone.checkpoint.values import Checkpoint
 from loadstone.hardware.spec import Rates
 from loadstone.plan.budget import Process
 from loadstone.plan.facts import facts_of
-from loadstone.plan.fronts import fronted, is_divisible, slot_sizes
+from loadstone.plan.fronts import Split, divided, is_divisible, splits
 from loadstone.plan.make import make_plan
 from loadstone.plan.units import inventory
 from loadstone.plan.values import HOST, Asked, Plan, Run, Unit, UnitKind
@@ -92,15 +92,68 @@ def test_slots_are_as_small_as_the_room_allows() -> None:
     tried = 0
     for _ in range(40):
         room, num_slots = int(total * random.uniform(0.05, 1.0)), random.choice((1, 2, 3))
-        for slot in slot_sizes(divisible, room, num_slots):
+        for split in splits(divisible, room, num_slots):
             tried += 1
+            slot = split.slot_bytes
             assert slot % 4096 == 0
+            assert split.read_bytes is None
 
             def least(slot: int, num_slots: int = num_slots) -> int:
-                return num_slots * slot + sum(unit.front_bytes for unit in fronted(divisible, slot))
+                return num_slots * slot + sum(unit.front_bytes for unit in divided(divisible, Split(slot_bytes=slot)))
 
             assert least(slot) <= room
             stay = sum(unit.memory_bytes for unit in divisible if unit.slot_bytes <= slot)
             if slot > 1 << 20 and stay == 0:
                 assert least(slot - 4096) > room - len(divisible) * 3 * 8192
     assert tried > 60
+
+
+COMPRESSES = Process(compresses=True)
+
+
+def test_what_is_compressed_is_not_read() -> None:
+    plan, fronts = made(process=COMPRESSES), made()
+    assert plan.devices[-1].peak_bytes <= plan.devices[-1].budget_bytes
+    assert plan.devices[-1].free_bytes < 1 << 24
+    assert plan.streamed_bytes < 0.85 * fronts.streamed_bytes
+    assert plan.prediction.decode.seconds < 0.9 * fronts.prediction.decode.seconds
+    assert plan.read_bytes is not None
+    compressed = [one for one in plan.placements if one.compressed_bytes]
+    assert compressed
+    for one in compressed:
+        assert one.moved_bytes == one.home_bytes - one.front_bytes - one.compressed_bytes
+        assert one.moved_bytes <= plan.read_bytes + (64 << 10)
+        assert one.kept_bytes == pytest.approx(one.front_bytes + 0.765 * one.compressed_bytes, abs=4096)
+    assert plan.devices[-1].weight_bytes == sum(one.kept_bytes for one in plan.placements)
+    assert any("stay compressed" in reason for reason in plan.reasons)
+    assert not any("stay compressed" in reason for reason in fronts.reasons)
+
+
+def test_no_more_is_compressed_than_the_processor_has_time_for() -> None:
+    shares = []
+    for disk in (1e9, 3e9, 5e9, 9e9, 18e9):
+        plan = made(process=COMPRESSES, disk=disk)
+        compressed = sum(one.compressed_bytes for one in plan.placements)
+        shares.append(compressed)
+        decode = plan.prediction.decode
+        if compressed and plan.devices[-1].free_bytes > 1 << 24:  # less than there was room for
+            assert decode.compute_s == pytest.approx(decode.transfer_s, rel=0.05)
+        assert decode.seconds <= made(disk=disk).prediction.decode.seconds
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 1e9
+    assert shares[-1] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_only_bfloat16_is_compressed(dtype: str) -> None:
+    plan = made(asked=replace(ASKED, dtype=dtype), process=COMPRESSES)
+    assert plan.streams
+    assert plan.read_bytes is None
+
+
+def test_a_model_a_little_larger_than_the_memory_is_hardly_read_at_all() -> None:
+    total = sum(unit.memory_bytes for unit in units())
+    asked = replace(ASKED, max_memory={HOST: int(0.88 * total)})
+    plan = made(asked=asked, process=COMPRESSES, disk=1e8)
+    assert plan.streamed_bytes < 0.02 * total
+    assert made(asked=asked).streamed_bytes > 0.1 * total

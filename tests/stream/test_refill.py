@@ -120,7 +120,7 @@ def test_what_only_moves_is_read_in_one_go_to_blocks_like_the_files(files: Files
     for place in refill.recipes["unit"].places:
         assert place.begin % ALIGNMENT == checkpoint.tensors[place.fqn].offset % ALIGNMENT
     prepared, _ = refill.recipes["unit"].prepare(anonymous(refill.recipes["unit"].nbytes))
-    assert len(prepared.spans) == 1
+    assert len(prepared.pieces) == 1
     for fqn, data in filled(refill).items():
         assert data[: arrays[fqn].nbytes].tobytes() == arrays[fqn].tobytes()
     refill.close()
@@ -133,7 +133,7 @@ def test_neighbours_that_are_cast_alike_are_read_as_one(files: Files) -> None:
     units = [wanted(name, array.shape, "float32") for name, array in arrays.items()]
     refill = Refill({"unit": units}, files.write())
     prepared, _ = refill.recipes["unit"].prepare(anonymous(refill.recipes["unit"].nbytes))
-    assert len(prepared.spans) == 1
+    assert len(prepared.pieces) == 1
     for fqn, data in filled(refill).items():
         expected = arrays[fqn].astype(np.uint32) << 16
         assert np.array_equal(data[: expected.nbytes].view(np.uint32), expected)
@@ -301,7 +301,7 @@ def test_only_rows_that_are_looked_up_are_read(files: Files, dtype: str, monkeyp
     monkeypatch.setattr(
         Reader,
         "repeat",
-        lambda self, prepared, *a, **k: (batches.append(len(prepared.spans)), real(self, prepared, *a, **k))[1],
+        lambda self, prepared, *a, **k: (batches.append(len(prepared.pieces)), real(self, prepared, *a, **k))[1],
     )
     ids = np.array([[999, 3, 4], [5, 3, 700]])
     rows.bring(ids)

@@ -12,7 +12,7 @@ from test_refill import Files, files, wanted, words
 
 from loadstone.errors import FileChanged
 from loadstone.hardware.memory import resident
-from loadstone.stream.from_files import FromFiles
+from loadstone.stream.from_files import FromFiles, Stays
 from loadstone.stream.fronts import FrontedUnit, SharedSlot, front_bytes
 from loadstone.stream.memory import PAGE_BYTES
 from loadstone.stream.refill import Refill
@@ -74,7 +74,9 @@ def fronted(files: Files, slot_bytes: int, dtype: str = "bfloat16") -> tuple[Fro
         files.add(name, array, "bfloat16", gap=4 if name == "d" else 0)
     one = {name: wanted(name, array.shape, dtype) for name, array in arrays.items()}
     refill = Refill({"ab": [one["a"], one["b"]], "cd": [one["c"], one["d"]]}, files.write())
-    return FromFiles(refill, ("ab", "cd"), slot_bytes), {name: array.tobytes() for name, array in arrays.items()}
+    return FromFiles(refill, ("ab", "cd"), Stays(slot_bytes=slot_bytes)), {
+        name: array.tobytes() for name, array in arrays.items()
+    }
 
 
 def check(filler: FromFiles, unit: str, slot: torch.Tensor, content: dict[str, bytes]) -> None:
@@ -89,7 +91,7 @@ def test_what_is_seen_is_what_the_files_hold(files: Files, slot_bytes: int, ahea
     filler, content = fronted(files, slot_bytes)
     assert all(filler.layout(unit).slot_bytes <= slot_bytes for unit in ("ab", "cd"))
     if ahead:
-        filler.bring_fronts()
+        filler.bring_kept()
     slots = [filler.slot(slot_bytes) for _ in range(2)]
     for number in range(5):
         for unit in ("ab", "cd"):
@@ -125,7 +127,7 @@ def test_fronts_go_with_the_last_slot_and_when_units_are_to_come_whole(files: Fi
     filler, content = fronted(files, 8192)
     before = resident().anonymous_bytes
     slot = filler.slot(8192)
-    filler.bring_fronts()
+    filler.bring_kept()
     filler.forget(slot)
     del slot
     assert resident().anonymous_bytes - before < 300_000
@@ -147,7 +149,7 @@ def test_a_file_that_changed_gives_no_fronts(files: Files) -> None:
     filler, _ = fronted(files, 8192)
     os.utime(files.path, (1, 1))
     with pytest.raises(FileChanged, match="weights"):
-        filler.bring_fronts()
+        filler.bring_kept()
     filler.close()
 
 

@@ -35,6 +35,7 @@ from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.plan.values import HOST
 from loadstone.report.load_report import CudaMemory, LoadReport
+from loadstone.report.streaming import beside_slots
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
 from loadstone.stream.refill import Wanted as Filled
 from loadstone.stream.transfer import torch_device
@@ -187,8 +188,7 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origi
             f"{stats.num_units} units, {format_bytes(stats.pass_bytes)} in each pass, through {stats.num_slots} slots "
             f"of {format_bytes(stats.slot_bytes)} together"
         )
-        if stats.front_bytes:
-            told.text += f", beside {format_bytes(stats.front_bytes)} of them that stay"
+        told.text += beside_slots(stats)
         if stats.room_bytes:
             told.text += f"; of experts those that are chosen, of which {format_bytes(stats.room_bytes)} stay"
     return residency

@@ -15,6 +15,7 @@ from loadstone.checkpoint.hub_cache import HubAccess
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.checkpoint.resolve import Source
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
+from loadstone.compression import can_compress
 from loadstone.events import Observer, ignore
 from loadstone.hardware.memory import can_show_pages, resident
 from loadstone.hardware.probe import probe
@@ -154,7 +155,11 @@ def process_at_hand(is_here: bool) -> Process:
         is_here: it is this machine that is planned for, so that what is imported already is missing from its free
             memory.
     """
-    known = Process(pages_bytes=PAGES_BYTES, shows_pages=not is_here or can_show_pages())
+    known = Process(
+        pages_bytes=PAGES_BYTES,
+        shows_pages=not is_here or can_show_pages(),
+        compresses=can_compress(),
+    )
     if not (is_here and "torch" in sys.modules and "transformers" in sys.modules):
         return replace(known, level_bytes=IMPORTS_BYTES)
     now = resident()

@@ -214,6 +214,7 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
         device=device,
         in_memory=frozenset(name for name, unit in tensors.items() if away[unit] == HOST != device),
         slot_bytes=plan.slot_bytes,
+        read_bytes=plan.read_bytes,
     )
 
 
@@ -221,7 +222,7 @@ def plan_line(plan: Plan | None) -> str:
     """A plan in a line, for the report."""
     if plan is None:
         return "none needed: everything fits with room to spare"
-    kept = format_bytes(sum(one.front_bytes if one.is_streamed else one.home_bytes for one in plan.placements))
+    kept = format_bytes(sum(one.kept_bytes if one.is_streamed else one.home_bytes for one in plan.placements))
     peak = format_bytes(plan.devices[-1].peak_bytes)
     if not plan.streams:
         return f"{kept} resident, peak at most {peak}"

@@ -18,6 +18,7 @@ from loadstone.execute.streamed import Streamed
 from loadstone.execute.values import Streaming
 from loadstone.plan.values import HOST
 from loadstone.stream.destination import Destination
+from loadstone.stream.from_files import Stays
 from loadstone.stream.sources import FileSource, Keep, Source, Way, host_way
 
 # What `Residency` calls to find what was loaded to stay, for the source that is to read it again.
@@ -53,7 +54,7 @@ def attach(
 
     way = Way(destination=Destination(streamed.device), keep=keep)
     if streaming.device == HOST:
-        way = host_way(streaming.slot_bytes)
+        way = host_way(Stays(slot_bytes=streaming.slot_bytes, read_bytes=streaming.read_bytes))
     source = FileSource(streamed.wanted, checkpoint, way, observer)
     adopted = adopt(source) if adopt is not None else None
     return attach_to(module, streamed, source, Attachment(streaming.num_slots, observer, adopted))

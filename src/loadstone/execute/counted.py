@@ -24,6 +24,7 @@ def counted_so_far(ring: Ring, filler: Filler, room: ExpertRoom | None, shortage
         num_slots=len(ring.slots),
         slot_bytes=sum(slot.data.numel() for slot in ring.slots),
         front_bytes=sum(filler.layout(name).front_bytes for name in ring.units),
+        compressed_bytes=sum(filler.layout(name).compressed_bytes for name in ring.units),
         pass_bytes=ring.pass_bytes,
         read_bytes=sum(reader.done_bytes for reader in readers),
         read_s=sum(reader.busy_s for reader in readers),

@@ -95,10 +95,10 @@ class Residency:
             needed_bytes: what a run will use of the memory that is free now.
         """
         with self._turn:
-            self._states.watch.needed_bytes = needed_bytes + self._states.front_bytes
+            self._states.watch.needed_bytes = needed_bytes + self._states.kept_bytes
             self._hooks.put(self, self._entries())
             self._states.stream()
-            self._filler.bring_fronts()
+            self._filler.bring_kept()
 
     def stats(self) -> StreamStats:
         """What was done so far."""

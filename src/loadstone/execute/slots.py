@@ -68,7 +68,6 @@ class Ring:
         unforeseen: uses whose unit was not even on its way.
         streamed_bytes: read for them, and of rows that were looked up.
         stall_s: how long that was waited for.
-        pass_bytes: what one use of every unit reads.
         tracer: keeps what is waited for.
     """
 
@@ -78,10 +77,14 @@ class Ring:
         self.units: tuple[str, ...] = ()
         self.uses = self.hits = self.unforeseen = self.streamed_bytes = 0
         self.stall_s = 0.0
-        self.pass_bytes = 0
         self.tracer: Tracer = NO_TRACE
         self._filler = filler
         self._order = Order(())
+
+    @property
+    def pass_bytes(self) -> int:
+        """What one use of every unit reads."""
+        return sum(map(self._filler.moved_bytes, self.units))
 
     def stream(self, units: Sequence[str], num_slots: int) -> None:
         """Have slots for these units, and read ahead; none of them may be in use.
@@ -93,7 +96,6 @@ class Ring:
         sizes = slot_sizes(self._filler, units, num_slots)
         if tuple(units) != self.units:
             self.units, self._order = tuple(units), Order(tuple(units))
-            self.pass_bytes = sum(map(self._filler.moved_bytes, units))
         for unit in self.where.keys() - set(units):
             self._empty(self.where[unit])
         kept: list[Slot] = []

@@ -71,9 +71,9 @@ class States:
         return self.parked is None and self.room is None and all(unit.is_kept for unit in self.units.values())
 
     @property
-    def front_bytes(self) -> int:
-        """What stays of units that are streamed."""
-        return sum(self._fronts().values())
+    def kept_bytes(self) -> int:
+        """The memory of what stays of units that are streamed."""
+        return sum(self._lasting().values())
 
     def adopt(self, adopted: Adopted) -> None:
         """Know what was loaded to stay."""
@@ -180,19 +180,19 @@ class States:
             self.shortage.units -= set(back)
 
     def _give_back(self, asked_bytes: int, pieces: Sequence[spread.Piece]) -> None:
-        """Let units go; fronts first, which are what the slots are small for, so that some of them come back whole."""
-        fronts = self._fronts()
+        """Let units go; first what stays of those that are streamed, so that some of them come back whole."""
+        lasting = self._lasting()
         before = spread.total_bytes(pieces, self._num_slots)
-        if fronts:
-            before = self._fronted_bytes(fronts, pieces)
+        if lasting:
+            before = self._taken_bytes(lasting, pieces)
             if self._limit_bytes is None:
-                self._limit_bytes = before  # units that had a front could come back whole, and take more than before
+                self._limit_bytes = before  # such units could come back whole, and take more than before
         self._fill_whole()
         gone = spread.lowered(pieces, before - asked_bytes, self._num_slots)
-        back = spread.raised(pieces, before - asked_bytes, self._num_slots, fronts) if not gone else []
+        back = spread.raised(pieces, before - asked_bytes, self._num_slots, lasting) if not gone else []
         self._exchange(gone, back)
-        gone += [name for name in fronts if name not in back]
-        given = {name: self.units[name].nbytes for name in gone} | fronts
+        gone += [name for name in lasting if name not in back]
+        given = {name: self.units[name].nbytes for name in gone} | lasting
         self.shortage.note(gone, sum(given[name] for name in gone))
 
     def relieve(self, error: BaseException) -> None:
@@ -240,19 +240,19 @@ class States:
             self._kept.promote(back)
             self.stream()
 
-    def _fronts(self) -> dict[str, int]:
-        """What stays of units that are streamed, by their names."""
+    def _lasting(self) -> dict[str, int]:
+        """The memory of what stays of units that are streamed, by their names."""
         away = (name for name, unit in self.units.items() if not unit.is_kept and unit.entries)
-        return {name: nbytes for name in away if (nbytes := self._filler.layout(name).front_bytes)}
+        return {name: nbytes for name in away if (nbytes := self._filler.layout(name).kept_bytes)}
 
-    def _fronted_bytes(self, fronts: Mapping[str, int], pieces: Sequence[spread.Piece]) -> int:
-        """The memory of what is kept, of the fronts and of the slots."""
+    def _taken_bytes(self, lasting: Mapping[str, int], pieces: Sequence[spread.Piece]) -> int:
+        """The memory of what is kept, of what stays of the others, and of the slots."""
         kept = sum(piece.nbytes for piece in pieces if piece.is_kept)
-        return kept + sum(fronts.values()) + sum(slot.data.numel() for slot in self._ring.slots)
+        return kept + sum(lasting.values()) + sum(slot.data.numel() for slot in self._ring.slots)
 
     def _fill_whole(self) -> None:
-        """Give the fronts back; there are no slots afterwards, if there were fronts."""
-        if self._fronts():
+        """Give back what stays of units; there are no slots afterwards, if anything did."""
+        if self._lasting():
             self._ring.stream((), self._num_slots)
             self._filler.fill_whole()
 

@@ -31,7 +31,7 @@ class Span:
     """What one thread did for a while.
 
     Attributes:
-        kind: "pass", "compute", "read", "wait", "switch".
+        kind: "pass", "compute", "read", "expand", "wait", "switch".
         name: of what it was done with.
         thread: the number of the thread, in the order in which they were first seen.
         begin_s: when it began, in seconds from the beginning of the recording.

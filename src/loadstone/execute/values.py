@@ -97,8 +97,9 @@ class Streaming:
         unit_of: where tensors are chosen rather than modules: the unit of each, by its name in the checkpoint.
         device: where the model computes.
         in_memory: which of the tensors are read once, into host memory, and come from there.
-        slot_bytes: the most of a unit that comes and goes, where the host computes: what it has before that stays.
+        slot_bytes: the most of a unit that goes through a slot, where the host computes: what it has before that stays.
             0 for whole units.
+        read_bytes: the most that is read of it: what a slot has before that stays compressed. None for all of it.
     """
 
     units: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ class Streaming:
     device: str = "cpu"
     in_memory: frozenset[str] = frozenset()
     slot_bytes: int = 0
+    read_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +163,8 @@ class StreamStats:
         num_units: units that come and go.
         num_slots: how many of them are in memory at a time.
         slot_bytes: the memory of all slots.
-        front_bytes: what stays of units that come and go.
+        front_bytes: what stays of units that come and go, as it is.
+        compressed_bytes: the memory of what stays of them compressed.
         pass_bytes: what one use of every unit reads.
         pass_s: how long all forwards took together.
         read_bytes: read from the files, with what was read ahead and is not used yet.
@@ -192,13 +195,14 @@ class StreamStats:
     expert_bytes: int = 0
     room_bytes: int = 0
     front_bytes: int = 0
+    compressed_bytes: int = 0
     disk_bytes_per_s: float | None = None
     given_back_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        """What streaming takes, where the model computes: slots, fronts, and the room of experts."""
-        return self.slot_bytes + self.front_bytes + self.room_bytes
+        """What streaming takes, where the model computes: slots, what stays of units, and the room of experts."""
+        return self.slot_bytes + self.front_bytes + self.compressed_bytes + self.room_bytes
 
     @property
     def compute_s(self) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loadstone.compression import can_compress, compress, expand
 from loadstone.hardware.measured import (
     MeasuredDevice,
     known_rates,
@@ -30,6 +31,7 @@ _CHUNK_BYTES = 4 << 20
 _DISK_BYTES = 256 << 20
 _MEMORY_BYTES = 256 << 20
 _DISK_THREADS = 8
+_STRETCH_BYTES, _EXPANDED_BYTES = 1 << 20, 64 << 20
 _AT_MOST_S = 0.8  # for writing a sample, and for reading from a slow disk
 
 _log = logging.getLogger("loadstone.hardware")
@@ -61,6 +63,7 @@ def measure_rates(path: Path | None) -> Rates:
         cached_bytes_per_s=None if path is None else _cached_rate(path),
         copy_bytes_per_s=_memory_rate(1),
         touch_bytes_per_s=_memory_rate(0),
+        expand_bytes_per_s=_expand_rate() if can_compress() else None,
     )
 
 
@@ -204,6 +207,26 @@ def _memory_rate(pass_number: int) -> float:
     for _ in range(pass_number):
         _timed(works)
     return cores * share / _timed(works)
+
+
+def _expand_rate() -> float:
+    """The rate at which weights come out of compressed memory into memory that was touched before, all cores."""
+    normal = np.random.default_rng(0).standard_normal(_STRETCH_BYTES // 2, np.float32)
+    compressed = compress((normal.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
+    cores = num_cores()
+    count = -(-_EXPANDED_BYTES // cores // _STRETCH_BYTES)
+    places = [np.ones((count, _STRETCH_BYTES), np.uint8) for _ in range(cores)]
+    # Each stretch from memory of its own, as in a model.
+    kept = [[bytearray(compressed) for _ in range(count)] for _ in range(cores)]
+
+    def worker(number: int) -> Callable[[], None]:
+        def work() -> None:
+            for data, place in zip(kept[number], places[number], strict=True):
+                expand(data, place)
+
+        return work
+
+    return cores * count * _STRETCH_BYTES / _timed([worker(number) for number in range(cores)])
 
 
 def _timed(works: Sequence[Callable[[], None]]) -> float:

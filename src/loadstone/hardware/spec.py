@@ -137,12 +137,14 @@ class Rates:
         cached_bytes_per_s: reading a file that is in the page cache into memory that was touched before, all cores.
         copy_bytes_per_s: copying into memory that was touched before, all cores.
         touch_bytes_per_s: touching memory for the first time, all cores.
+        expand_bytes_per_s: what comes out of compressed weights, all cores.
     """
 
     disk_bytes_per_s: float | None = None
     cached_bytes_per_s: float | None = None
     copy_bytes_per_s: float | None = None
     touch_bytes_per_s: float | None = None
+    expand_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

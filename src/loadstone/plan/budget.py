@@ -31,12 +31,14 @@ class Process:
             else is in use it does, and reads them again in each pass.
         is_taken: whether the imports are there, so that free memory is already less by them.
         shows_pages: whether it can show the same memory at several addresses, which fronts of units need.
+        compresses: whether it can keep weights compressed.
     """
 
     level_bytes: int = 0
     pages_bytes: int = 0
     is_taken: bool = False
     shows_pages: bool = True
+    compresses: bool = False
 
 
 def parse_max_memory(text: str) -> dict[str, str]:

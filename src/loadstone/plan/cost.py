@@ -28,6 +28,8 @@ TYPICAL_DISK_BYTES_PER_S = 1e9
 # Measured on the virtual machines that Loadstone is developed on, see DECISIONS.md.
 TYPICAL_TOUCH_BYTES_PER_S = 2e9
 TYPICAL_COPY_BYTES_PER_S = 8e9
+# The same, for each core.
+TYPICAL_EXPAND_BYTES_PER_S = 1.5e9
 # What asking for one piece costs before its first byte comes: a read of its own, a launch.
 PIECE_S = {"disk": 1e-4, "link": 2e-5}
 # Measured: taking the pages of a slot away from behind a front, 0.1 s for 3.3 GB.
@@ -42,6 +44,7 @@ class Speeds:
         disk: reading the checkpoint, bytes per second.
         touch: memory that is touched for the first time.
         copy: casting or copying on the host.
+        expand: what comes out of compressed memory.
         compute: by device id.
         link: host to device, by device id.
         measured: whether what matters for predictions was measured.
@@ -50,9 +53,15 @@ class Speeds:
     disk: float
     touch: float
     copy: float
+    expand: float
     compute: Mapping[str, ComputeRate]
     link: Mapping[str, float]
     measured: bool
+
+    @property
+    def compress(self) -> float:
+        """What is compressed; measured, a little less than half of what is expanded."""
+        return 0.4 * self.expand
 
     def way(self, home: str, compute: str) -> tuple[float, str]:
         """The rate at which bytes reach their compute device, and what bounds it: `disk` or `link`."""
@@ -76,6 +85,7 @@ def speeds_of(machine: Machine, dtype: str) -> Speeds:
         disk=rates.disk_bytes_per_s or TYPICAL_DISK_BYTES_PER_S,
         touch=rates.touch_bytes_per_s or TYPICAL_TOUCH_BYTES_PER_S,
         copy=rates.copy_bytes_per_s or TYPICAL_COPY_BYTES_PER_S,
+        expand=rates.expand_bytes_per_s or TYPICAL_EXPAND_BYTES_PER_S * machine.num_cores,
         compute=compute,
         link={name: rate or TYPICAL_LINK_BYTES_PER_S for name, rate in links.items()},
         measured=measured,
@@ -100,7 +110,8 @@ def touched_share(kind: UnitKind, use_share: float, tokens: int) -> float:
 
 def moved_bytes(unit: Unit, tokens: int) -> int:
     """What travels of a streamed unit in a pass of so many tokens: whole units, chosen experts, rows that are used."""
-    return -int(-(unit.stored_bytes - unit.front_bytes) * touched_share(unit.kind, unit.use_share, tokens) // 1)
+    left = max(0, unit.stored_bytes - unit.front_bytes - unit.compressed_bytes)
+    return -int(-left * touched_share(unit.kind, unit.use_share, tokens) // 1)
 
 
 def rows_bytes(unit: Unit, tokens: int) -> int:

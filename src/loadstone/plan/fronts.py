@@ -1,15 +1,20 @@
-"""Units of which the front stays and only the rest is streamed, so that slots are small and no room is left over.
+"""Units of which some stays and only the rest is streamed, so that slots are small and no room is left over.
 
 A slot is memory that keeps nothing, and what is less than the next unit would keep nothing either. If every unit that
-is larger than a slot keeps what it has more, what is streamed is all the weights less all the room but the slots; the
-smaller the slots, the less it is. They cannot be smaller than the room allows: smaller slots are longer fronts.
+is larger than a slot keeps what it has more, its front, what is streamed is all the weights less all the room but the
+slots; the smaller the slots, the less it is. They cannot be smaller than the room allows: that makes fronts longer.
+
+Of what goes through a slot some may stay compressed and be expanded into it, so that less is read. A byte takes less
+room so than as a part of a front, but time of the processor in each pass, so slots are large then, and only as much is
+compressed as the disk takes longer than the processor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from loadstone.compression import kept_bytes, whole_grains
 from loadstone.plan.values import Unit, UnitKind
 
 # Smaller reads do not keep a disk busy while two of them wait for it: what is not larger stays whole. Measured, 8.7 GB
@@ -26,25 +31,49 @@ def is_divisible(unit: Unit) -> bool:
     return plain and unit.kind not in (UnitKind.EMBEDDING, UnitKind.EXPERT)
 
 
-def fronted(units: Iterable[Unit], slot_bytes: int) -> tuple[Unit, ...]:
-    """The same units, each with the front that it has beyond a slot."""
-    return tuple(
-        replace(unit, front_bytes=min(unit.memory_bytes, max(0, unit.slot_bytes - slot_bytes)))
-        if is_divisible(unit)
-        else unit
-        for unit in units
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How units are divided.
+
+    Attributes:
+        slot_bytes: the most that goes through a slot; what a unit has before that is its front.
+        read_bytes: the most that is read; what a slot has before that is compressed. None where all of it is read.
+    """
+
+    slot_bytes: int
+    read_bytes: int | None = None
 
 
-def slot_sizes(units: Sequence[Unit], room_bytes: int, num_slots: int) -> Iterator[int]:
-    """Sizes of slots that are worth a try, whole pages; none where fronts do not help.
+# For what goes through the slot of each unit: the most that is read of one where that is the fastest.
+BestRead = Callable[[Sequence[int]], int]
 
-    For every size of a unit: the smallest slots with which those that are not larger stay whole, and the others fit.
+
+def divided(units: Iterable[Unit], split: Split) -> tuple[Unit, ...]:
+    """The same units, each with what stays of it."""
+    return tuple(_divided(unit, split) if is_divisible(unit) else unit for unit in units)
+
+
+def _divided(unit: Unit, split: Split) -> Unit:
+    front = min(unit.memory_bytes, max(0, unit.slot_bytes - split.slot_bytes))
+    compressed = 0
+    if split.read_bytes is not None:
+        compressed = whole_grains(unit.slot_bytes - split.read_bytes - front)
+    return replace(unit, front_bytes=front, compressed_bytes=compressed)
+
+
+def splits(
+    units: Sequence[Unit], room_bytes: int, num_slots: int, best_read: BestRead | None = None
+) -> Iterator[Split]:
+    """Ways to divide units that are worth a try; none where that does not help.
+
+    For every size of a unit, where those that are not larger stay whole, and the others fit: the smallest slots; and
+    slots for all but the largest, of which as much is compressed as must be, or as is best.
 
     Args:
         units: those that can be divided.
         room_bytes: for them and the slots.
         num_slots: of the ring.
+        best_read: how much is best; None where nothing can be compressed.
     """
     sizes = sorted(unit.slot_bytes for unit in units)
     limits = [_LEAST_SLOT_BYTES, *(size for size in dict.fromkeys(sizes) if size > _LEAST_SLOT_BYTES)]
@@ -53,19 +82,39 @@ def slot_sizes(units: Sequence[Unit], room_bytes: int, num_slots: int) -> Iterat
         if len(larger) <= num_slots:
             return
         left = room_bytes - sum(unit.memory_bytes for unit in units if unit.slot_bytes <= limit)
-
-        def needed(slot: int, larger: Sequence[int] = larger) -> int:
-            return num_slots * slot + sum(size - slot for size in larger if size > slot)
-
-        # Larger slots save memory as long as more units have a front than there are slots.
-        low, high = limit, larger[-num_slots - 1]
-        if low < high and needed(high) <= left:
-            yield -(-_least(low, high, needed, left) // _PAGE_BYTES) * _PAGE_BYTES
+        yield from _splits(larger, limit, left, num_slots, best_read)
 
 
-def _least(low: int, high: int, needed: Callable[[int], int], left: int) -> int:
-    """The least slot between two sizes for which there is room, where there is for the larger."""
+def _splits(
+    larger: Sequence[int], limit: int, left_bytes: int, num_slots: int, best_read: BestRead | None
+) -> Iterator[Split]:
+    """The same for units that are all larger than a limit, and rise."""
+
+    def fits(slot: int, read: int) -> bool:
+        return num_slots * slot + sum(_kept(size, slot, read) for size in larger) <= left_bytes
+
+    # Larger slots save memory as long as more units have a front than there are slots.
+    high = larger[-num_slots - 1]
+    if not fits(high, high):
+        return
+    least = _least(limit, high, lambda slot: fits(slot, slot))
+    yield Split(slot_bytes=-(-least // _PAGE_BYTES) * _PAGE_BYTES)
+    if best_read is not None:
+        least = _least(0, high, lambda read: fits(high, read))
+        read = max(least, best_read([min(size, high) for size in larger]))
+        if read < high:
+            yield Split(slot_bytes=high, read_bytes=read)
+
+
+def _kept(size: int, slot_bytes: int, read_bytes: int) -> int:
+    """The memory of what stays of a unit of this size."""
+    through = min(size, slot_bytes)
+    return size - through + kept_bytes(max(0, through - read_bytes))
+
+
+def _least(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The least number between two that fits, as the larger does."""
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if needed(middle) <= left else (middle + 1, high)
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return high

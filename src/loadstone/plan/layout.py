@@ -49,6 +49,7 @@ class Problem:
         speeds: of the machine.
         offload: whether anything may be streamed.
         fronts: whether the front of a unit may stay while the rest of it is streamed, where the host computes.
+        compresses: whether some of that rest may stay compressed.
         host_computes: whether the host may compute beside accelerators.
     """
 
@@ -67,6 +68,7 @@ class Problem:
     speeds: Speeds
     offload: bool = True
     fronts: bool = True
+    compresses: bool = False
     host_computes: bool = True
 
     def host_workspace(self, computing: Sequence[Unit], num_accelerators: int) -> int:
@@ -101,7 +103,8 @@ class Layout:
     Attributes:
         assignments: every unit once, or its parts, in execution order.
         num_slots: of the rings.
-        slot_bytes: the most that is streamed of a unit that has a front, on the host; 0 where none has.
+        slot_bytes: the most that goes through a slot of a unit that has a front, on the host; 0 where none has.
+        read_bytes: the most that is read of a unit of which some stays compressed there; None where none does.
         ring_bytes: by device: the slots of what computes there, and on the host what is on its way to accelerators.
         pass_s: a decoding pass, then the pass over the prompt, to compare layouts; zero where a map leaves no choice.
     """
@@ -110,6 +113,7 @@ class Layout:
     num_slots: int
     ring_bytes: Mapping[str, int]
     slot_bytes: int = 0
+    read_bytes: int | None = None
     pass_s: tuple[float, float] = (0.0, 0.0)
 
 
@@ -180,6 +184,7 @@ def _segment(problem: Problem, device: str, units: Sequence[Unit], host_room: in
         speeds=problem.speeds,
         offload=problem.offload,
         fronts=problem.fronts,
+        compresses=problem.compresses,
     )
 
 
@@ -302,6 +307,9 @@ def _joined(placed: Mapping[str, Placed], host: Layout | None = None) -> Layout:
         assignments=tuple(sorted(together, key=lambda one: one.unit.order)),
         num_slots=min((count for count in slots if count), default=0),
         slot_bytes=max([one.slot_bytes for one in placed.values()] + ([host.slot_bytes] if host else [])),
+        read_bytes=next(
+            (one.read_bytes for one in (*placed.values(), host) if one and one.read_bytes is not None), None
+        ),
         ring_bytes=rings,
         pass_s=(sum(one[0] for one in seconds), sum(one[1] for one in seconds)),
     )

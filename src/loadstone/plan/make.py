@@ -143,6 +143,7 @@ class _Planner:
             prediction=prediction(problem, layout, generates=case.facts.caches),
             num_slots=layout.num_slots,
             slot_bytes=layout.slot_bytes,
+            read_bytes=layout.read_bytes,
             reasons=tuple(_reasons(case, asked, layout)),
             label=label,
         )
@@ -172,6 +173,7 @@ class _Planner:
             speeds=speeds_of(self.machine, dtype.value),
             offload=asked.offload,
             fronts=self.process.shows_pages,
+            compresses=self.process.compresses and dtype.value == "bfloat16",
             host_computes=asked.device in (None, HOST),
         )
         return _Case(problem=problem, facts=facts, dtype=dtype, terms=allocated)
@@ -203,7 +205,7 @@ def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
     if not streamed:
         yield f"all {format_bytes(total)} of weights are resident on {', '.join(devices)}"
         return
-    kept = total - sum(one.unit.memory_bytes - one.unit.front_bytes for one in streamed)
+    kept = total - sum(one.unit.memory_bytes - one.unit.front_bytes - one.unit.compressed_bytes for one in streamed)
     resident = f"{format_bytes(kept)} of {format_bytes(total)} of weights are resident"
     if all(one.unit.kind is UnitKind.EMBEDDING for one in streamed):
         names = ", ".join(one.unit.name for one in streamed)
@@ -214,6 +216,12 @@ def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
             yield (
                 f"of units of more than {format_bytes(layout.slot_bytes)} the front stays, so that slots are small and "
                 "no room is left over"
+            )
+        compressed = sum(one.unit.compressed_bytes for one in streamed)
+        if compressed:
+            yield (
+                f"{format_bytes(compressed)} of the rest stay compressed, without loss, and are expanded in each pass, "
+                "which the processor does while the disk reads"
             )
     if layout.num_slots == 1:
         yield "only one slot fits, so computing waits while a unit is brought in"

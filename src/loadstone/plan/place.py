@@ -10,12 +10,14 @@ holds all that less memory held, and the plan is never slower for having more.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from loadstone.plan.cost import moved_bytes, overlapped_s, rows_bytes, transfer_s, work
 from loadstone.plan.experts import ring_bytes
-from loadstone.plan.fronts import fronted, is_divisible, slot_sizes
+from loadstone.plan.fronts import Split, divided, is_divisible, splits
 from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.plan.segment import Assignment, Missing, Placed, Segment
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
@@ -33,7 +35,7 @@ class _Group:
         units: in execution order.
         size: of one in the device's memory.
         slot: what one takes of the ring.
-        front: what stays of one that is streamed.
+        kept: the memory of what stays of one that is streamed.
         rows_bytes: of a table: the rows of one pass, which is all that must be held of it; None for other units.
         gain: seconds that a resident byte saves in a decoding pass, then in the pass over the prompt.
     """
@@ -41,7 +43,7 @@ class _Group:
     units: tuple[Unit, ...]
     size: int
     slot: int
-    front: int
+    kept: int
     rows_bytes: int | None
     gain: tuple[float, float]
 
@@ -55,8 +57,9 @@ class _Choice:
         kept: how many of each.
         num_slots: of the ring.
         slot_bytes: of one slot.
+        split: how units are divided; None where they come whole.
         left_bytes: room that is left.
-        split: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
+        torn: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
         pass_s: a decoding pass, then the pass over the prompt.
         moving_s: the part of each that moving would take alone.
     """
@@ -66,7 +69,8 @@ class _Choice:
     num_slots: int
     slot_bytes: int
     left_bytes: int
-    split: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
+    split: Split | None = None
+    torn: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
     pass_s: tuple[float, float] = field(default=(0.0, 0.0))
     moving_s: tuple[float, float] = field(default=(0.0, 0.0))
 
@@ -81,7 +85,7 @@ def likeness(unit: Unit) -> tuple[object, ...]:
         unit.expert_parameters,
         len(unit.tensors),
     )
-    return (unit.kind, unit.seen, unit.use_share, unit.front_bytes, *sizes)
+    return (unit.kind, unit.seen, unit.use_share, unit.front_bytes, unit.compressed_bytes, *sizes)
 
 
 def buffer_bytes(assignments: Iterable[Assignment]) -> int:
@@ -138,9 +142,11 @@ def _with_fronts(segment: Segment, units: Sequence[Unit], best: _Choice) -> _Cho
     groups = _grouped(segment, [unit for unit in units if not is_divisible(unit)])
     others = sum(len(group.units) * (group.size if group.rows_bytes is None else group.rows_bytes) for group in groups)
     num_slots = max(_SLOT_COUNTS)
-    for slot_bytes in slot_sizes(divisible, segment.room_bytes - others, num_slots):
-        choice = _filled(segment, _grouped(segment, fronted(units, slot_bytes)), slot_bytes, num_slots)
+    best_read = partial(_best_read, segment, best) if segment.compresses else None
+    for split in splits(divisible, segment.room_bytes - others, num_slots, best_read):
+        choice = _filled(segment, _grouped(segment, divided(units, split)), split.slot_bytes, num_slots)
         if isinstance(choice, _Choice):
+            choice.split = split
             choice.pass_s, choice.moving_s = _pass_s(segment, choice)
             if _cost(segment, choice) < _cost(segment, best):
                 best = choice
@@ -179,7 +185,7 @@ def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
     unit = units[0]
     way = segment.speeds.way(DISK, segment.device)
     size = max(1, unit.memory_bytes)
-    decode, prompt = (moved_bytes(unit, tokens) / way[0] / (size - unit.front_bytes or 1) for tokens in segment.tokens)
+    decode, prompt = (moved_bytes(unit, tokens) / way[0] / (size - unit.kept_bytes or 1) for tokens in segment.tokens)
     is_table = unit.kind is UnitKind.EMBEDDING and segment.offload
     rows = rows_bytes(unit, max(segment.tokens)) if is_table else None
     # Rounded, so that units which differ by rounding only are taken by size.
@@ -188,7 +194,7 @@ def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
         units=units,
         size=unit.memory_bytes,
         slot=unit.slot_bytes,
-        front=unit.front_bytes,
+        kept=unit.kept_bytes,
         rows_bytes=rows,
         gain=gain,
     )
@@ -213,9 +219,9 @@ def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int]
     slot_bytes, num_slots = ring
     required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
     left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
-    left -= sum((group.front + (group.rows_bytes or 0)) * len(group.units) for group in groups)
+    left -= sum((group.kept + (group.rows_bytes or 0)) * len(group.units) for group in groups)
     left -= sum(
-        (group.size - group.front) * len(group.units) for group, must in zip(groups, required, strict=True) if must
+        (group.size - group.kept) * len(group.units) for group, must in zip(groups, required, strict=True) if must
     )
     if left < 0:
         return -left
@@ -224,7 +230,7 @@ def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int]
     for index, group in enumerate(groups):
         if required[index]:
             continue
-        price = group.size - group.front - (group.rows_bytes or 0)
+        price = group.size - group.kept - (group.rows_bytes or 0)
         fitting = len(group.units) if price <= 0 else min(len(group.units), choice.left_bytes // price)
         kept[index] = fitting
         choice.left_bytes -= fitting * price
@@ -258,7 +264,7 @@ def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
         choice.left_bytes -= part.memory_bytes
         stay.append(part)
     if stay:
-        choice.split = (group, unit, tuple(stay), tuple(parts[len(stay) :]))
+        choice.torn = (group, unit, tuple(stay), tuple(parts[len(stay) :]))
 
 
 def spread(count: int, kept: int) -> list[int]:
@@ -271,8 +277,8 @@ def _streamed(choice: _Choice) -> Iterator[tuple[Unit, int]]:
     """Streamed units in the order in which host memory is filled, each with how many there are alike."""
     for group, kept in zip(choice.groups, choice.kept, strict=True):
         count = len(group.units) - kept
-        if choice.split is not None and choice.split[0] is group:
-            for part in choice.split[3]:
+        if choice.torn is not None and choice.torn[0] is group:
+            for part in choice.torn[3]:
                 yield part, 1
             count -= 1
         if count:
@@ -290,14 +296,11 @@ def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]
 
 def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tuple[float, float]]:
     """Both kinds of pass, and what moving alone would take."""
-    rate = segment.speeds.compute[segment.device]
     homes = list(_homes(segment, choice))
+    expanding = sum(count * unit.compressed_bytes for unit, count, _ in homes) / segment.speeds.expand
     seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
-        compute = segment.beside[index].seconds(rate)
-        for group in choice.groups:
-            given = group.units[0].num_tokens(segment.tokens, index)
-            compute += len(group.units) * work(group.units[0], rate, given).seconds
+        compute = _compute_s(segment, choice.groups, index) + expanding
         moving = sum(
             near * transfer_s(unit, tokens, segment.speeds.way(HOST, segment.device))
             + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))
@@ -307,6 +310,41 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tup
         seconds.append(overlapped_s(compute, moving, slots))
         alone.append(moving)
     return (seconds[0], seconds[1]), (alone[0], alone[1])
+
+
+def _compute_s(segment: Segment, groups: Iterable[_Group], index: int) -> float:
+    """Computing with all units in one kind of pass."""
+    rate = segment.speeds.compute[segment.device]
+    compute = segment.beside[index].seconds(rate)
+    for group in groups:
+        given = group.units[0].num_tokens(segment.tokens, index)
+        compute += len(group.units) * work(group.units[0], rate, given).seconds
+    return compute
+
+
+def _best_read(segment: Segment, choice: _Choice, through: Sequence[int]) -> int:
+    """The most that is read of a unit where a run is the shortest, if memory is no object.
+
+    Args:
+        segment: the rates.
+        choice: any; computing takes as long in all of them.
+        through: what goes through a slot of each unit.
+    """
+    counts = Counter(through)
+    compute = [_compute_s(segment, choice.groups, index) for index in range(len(segment.tokens))]
+    disk, total = segment.speeds.way(DISK, segment.device)[0], sum(through)
+
+    def seconds(read: int) -> float:
+        compressed = sum(count * max(0, size - read) for size, count in counts.items())
+        expanding, moving = compressed / segment.speeds.expand, (total - compressed) / disk
+        passes = [overlapped_s(one + expanding, moving, max(_SLOT_COUNTS)) for one in compute]
+        return run_s((passes[0], passes[1]), segment.num_passes)
+
+    low, high = 0, max(through)
+    while low < high:  # it falls to the best, and rises behind it
+        middle = (low + high) // 2
+        low, high = (low, middle) if seconds(middle) <= seconds(middle + 1) else (middle + 1, high)
+    return low
 
 
 def _cost(segment: Segment, choice: _Choice) -> tuple[float, float]:
@@ -319,39 +357,43 @@ def run_s(pass_s: tuple[float, float], num_passes: int) -> float:
     return num_passes * pass_s[0] + pass_s[1]
 
 
+def _without_parts(one: Assignment) -> Assignment:
+    """What stays whole, without what would have stayed of it otherwise."""
+    if one.home != one.compute or not one.unit.kept_bytes:
+        return one
+    return replace(one, unit=replace(one.unit, front_bytes=0, compressed_bytes=0))
+
+
 def _placed(segment: Segment, choice: _Choice) -> Placed:
     near = {id(unit): fitting for unit, _, fitting in _homes(segment, choice)}
     found: list[Assignment] = []
     rows = 0
     for group, kept in zip(choice.groups, choice.kept, strict=True):
-        split = choice.split if choice.split is not None and choice.split[0] is group else None
+        torn = choice.torn if choice.torn is not None and choice.torn[0] is group else None
         away = [group.units[index] for index in spread(len(group.units), kept)]
         rows += (group.rows_bytes or 0) * len(away)
-        if split is not None:
-            away.remove(split[1])
-            found += [Assignment(unit=part, home=segment.device, compute=segment.device) for part in split[2]]
+        if torn is not None:
+            away.remove(torn[1])
+            found += [Assignment(unit=part, home=segment.device, compute=segment.device) for part in torn[2]]
             found += [
-                Assignment(unit=part, home=HOST if near[id(part)] else DISK, compute=segment.device)
-                for part in split[3]
+                Assignment(unit=part, home=HOST if near[id(part)] else DISK, compute=segment.device) for part in torn[3]
             ]
         on_disk = set(spread(len(away), near.get(id(group.units[0]), 0)))
         homes = {unit.name: DISK if index in on_disk else HOST for index, unit in enumerate(away)}
-        if split is not None:
-            homes[split[1].name] = ""
+        if torn is not None:
+            homes[torn[1].name] = ""
         found += [
             Assignment(unit=unit, home=homes.get(unit.name, segment.device), compute=segment.device)
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
     away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
-    found = [
-        replace(one, unit=replace(one.unit, front_bytes=0)) if one.home == one.compute and one.unit.front_bytes else one
-        for one in found
-    ]
+    found = [_without_parts(one) for one in found]
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
         num_slots=choice.num_slots if away else 0,
-        slot_bytes=choice.slot_bytes if any(unit.front_bytes for unit in away) else 0,
+        slot_bytes=choice.slot_bytes if choice.split and any(unit.kept_bytes for unit in away) else 0,
+        read_bytes=choice.split.read_bytes if choice.split and any(unit.compressed_bytes for unit in away) else None,
         ring_bytes=ring_bytes(away, choice.num_slots) + rows,
         host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,

@@ -99,7 +99,7 @@ def diff(before: Plan, after: Plan) -> tuple[str, ...]:
 
 
 def _differences(before: Plan, after: Plan) -> Iterator[str]:
-    for name in ("dtype", "run", "num_slots", "slot_bytes"):
+    for name in ("dtype", "run", "num_slots", "slot_bytes", "read_bytes"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             yield f"{name}: {_words(old)} -> {_words(new)}"

@@ -30,6 +30,7 @@ def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
             moved_bytes=0 if one.home == one.compute else moved_bytes(one.unit, problem.tokens[0]),
             mapped=one.home == HOST and _is_mapped(one.unit),
             front_bytes=one.unit.front_bytes,
+            compressed_bytes=one.unit.compressed_bytes,
         )
         for one in layout.assignments
     )
@@ -82,7 +83,7 @@ def _held(device: str, assignments: Iterable[Assignment]) -> tuple[int, int]:
     weights = mapped = 0
     for one in assignments:
         if one.home != device:
-            weights += one.unit.front_bytes if one.compute == device else 0
+            weights += one.unit.kept_bytes if one.compute == device else 0
             continue
         if device != HOST:
             weights += one.unit.memory_bytes
@@ -123,8 +124,8 @@ def _load(problem: Problem, layout: Layout) -> tuple[float, str]:
     links: dict[str, float] = {}
     for one in layout.assignments:
         unit = one.unit
-        seconds["disk"] += unit.front_bytes / speeds.disk
-        seconds["memory"] += unit.front_bytes / speeds.touch
+        seconds["disk"] += (unit.front_bytes + unit.compressed_bytes) / speeds.disk
+        seconds["memory"] += unit.kept_bytes / speeds.touch + unit.compressed_bytes / speeds.compress
         if one.home not in speeds.compute:
             continue
         seconds["disk"] += unit.stored_bytes / speeds.disk
@@ -154,7 +155,9 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
         total["memory"] += computing
         for one, count in alike:
             done = work(one.unit, rate, one.unit.num_tokens(problem.tokens, index))
-            computing += count * done.seconds
+            expanding = count * one.unit.compressed_bytes / speeds.expand
+            total["memory"] += expanding
+            computing += count * done.seconds + expanding
             total["memory" if done.memory_s >= done.arithmetic_s else "compute"] += count * done.seconds
             if one.home != one.compute:
                 way = speeds.way(one.home, device)

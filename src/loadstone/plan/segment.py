@@ -25,6 +25,7 @@ class Segment:
         speeds: of the machine.
         offload: whether anything may be streamed.
         fronts: whether the front of a unit may stay while the rest of it is streamed, where the host computes.
+        compresses: whether some of that rest may stay compressed.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Segment:
     speeds: Speeds
     offload: bool = True
     fronts: bool = True
+    compresses: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,8 @@ class Placed:
     Attributes:
         assignments: in execution order.
         num_slots: of the ring; 0 where nothing goes through it.
-        slot_bytes: the most that is streamed of a unit that has a front; 0 where none has.
+        slot_bytes: the most that goes through a slot of a unit that has a front; 0 where none has.
+        read_bytes: the most that is read of a unit of which some stays compressed; None where none does.
         ring_bytes: all its slots, and the rows of streamed tables.
         host_bytes: of streamed units that live in host memory.
         pass_s: a decoding pass, then the pass over the prompt.
@@ -65,6 +68,7 @@ class Placed:
     assignments: tuple[Assignment, ...]
     num_slots: int
     slot_bytes: int
+    read_bytes: int | None
     ring_bytes: int
     host_bytes: int
     pass_s: tuple[float, float]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from loadstone.compression import kept_bytes
+
 DISK = "disk"
 HOST = "cpu"
 # What disks are read by past the page cache.
@@ -56,6 +58,7 @@ class Unit:
         expert_parameters: of a block: those of its elements that are in tensors which hold all of its experts.
         expert_share: the part of those that one token touches.
         front_bytes: what stays of it where it is streamed; see `loadstone.plan.fronts`.
+        compressed_bytes: what stays of it compressed, behind that.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Unit:
     expert_parameters: int = 0
     expert_share: float = 1.0
     front_bytes: int = 0
+    compressed_bytes: int = 0
 
     def num_tokens(self, tokens: tuple[int, int], index: int) -> int:
         """The tokens that it is given in one kind of pass.
@@ -84,6 +88,11 @@ class Unit:
         if self.seen is Seen.NEWEST:
             return tokens[0]
         return tokens[index] if index or self.seen is Seen.ALL else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of what stays of it where it is streamed."""
+        return self.front_bytes + kept_bytes(self.compressed_bytes)
 
     @property
     def slot_bytes(self) -> int:
@@ -147,6 +156,7 @@ class Placement:
         moved_bytes: what travels in each pass; 0 where it is resident.
         mapped: whether it is used where it lies in the files: file-backed memory, which the kernel can drop.
         front_bytes: what of it stays in the memory of the compute device though it is streamed.
+        compressed_bytes: what of it, behind that, stays there compressed.
     """
 
     unit: str
@@ -160,6 +170,12 @@ class Placement:
     moved_bytes: int = 0
     mapped: bool = False
     front_bytes: int = 0
+    compressed_bytes: int = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of what stays of it where it is streamed."""
+        return self.front_bytes + kept_bytes(self.compressed_bytes)
 
     @property
     def is_streamed(self) -> bool:
@@ -175,7 +191,7 @@ class DevicePlan:
         device: its id.
         name: what its maker calls it.
         budget_bytes: what the plan may use of it.
-        weight_bytes: of resident units in memory of their own, and of the fronts of those that are streamed.
+        weight_bytes: of resident units in memory of their own, and of what stays of those that are streamed.
         mapped_bytes: of resident units used where they lie in the files (host only).
         reservation: everything else.
         level_bytes: what the process takes beside the model: imports and libraries (host only); within the budget.
@@ -284,7 +300,8 @@ class Plan:
         devices: those that hold something, the host last.
         prediction: how long things take.
         num_slots: of the ring of streamed units; 0 where nothing is streamed.
-        slot_bytes: the most that is streamed of a unit: what it has before that stays; 0 where units come whole.
+        slot_bytes: the most of a unit that goes through a slot: what it has before that stays. 0 where all of it does.
+        read_bytes: the most that is read of it: what a slot has before that stays compressed. None where all is read.
         reasons: the choices in plain sentences.
         label: what an alternative does differently, "" for the plan that was asked for.
     """
@@ -297,6 +314,7 @@ class Plan:
     prediction: Prediction
     num_slots: int = 0
     slot_bytes: int = 0
+    read_bytes: int | None = None
     reasons: tuple[str, ...] = ()
     label: str = ""
 

@@ -155,5 +155,6 @@ def rates_line(rates: Rates) -> str:
         "cached files": rates.cached_bytes_per_s,
         "memory copy": rates.copy_bytes_per_s,
         "first touch of memory": rates.touch_bytes_per_s,
+        "compressed weights": rates.expand_bytes_per_s,
     }
     return ", ".join(f"{name} {format_rate(rate)}" for name, rate in figures.items() if rate is not None)

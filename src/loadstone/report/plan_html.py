@@ -190,7 +190,8 @@ def _dtypes(placements: Sequence[Placement]) -> str:
 def _note(placement: Placement) -> str:
     moved = f", {format_bytes(placement.moved_bytes)} moved in each pass" if placement.moved_bytes else ""
     front = f", the first {format_bytes(placement.front_bytes)} kept on {placement.compute}"
-    kept = front if placement.front_bytes else ""
+    more = f", {format_bytes(placement.compressed_bytes)} kept there compressed"
+    kept = (front if placement.front_bytes else "") + (more if placement.compressed_bytes else "")
     home = f"{placement.home}, mapped from files" if placement.mapped else placement.home
     return f"{format_bytes(placement.home_bytes)} of {placement.storage_dtype} on {home}{kept}{moved}"
 

@@ -101,16 +101,16 @@ def residence(placement: Placement) -> Residence:
 def by_residence(placements: Iterable[Placement]) -> dict[Residence, tuple[int, int]]:
     """How many units are in each residence and what they take there, in the order of `Residence`.
 
-    A unit whose front stays is in two.
+    A unit of which some stays is in two, with the memory that this takes.
     """
     found: dict[Residence, tuple[int, int]] = {}
     for placement in placements:
         kind = residence(placement)
         number, nbytes = found.get(kind, (0, 0))
-        found[kind] = (number + 1, nbytes + placement.home_bytes - placement.front_bytes)
-        if placement.front_bytes:
+        found[kind] = (number + 1, nbytes + placement.home_bytes - placement.front_bytes - placement.compressed_bytes)
+        if placement.is_streamed and placement.kept_bytes:
             number, nbytes = found.get(Residence.RESIDENT, (0, 0))
-            found[Residence.RESIDENT] = (number + 1, nbytes + placement.front_bytes)
+            found[Residence.RESIDENT] = (number + 1, nbytes + placement.kept_bytes)
     return {kind: found[kind] for kind in Residence if kind in found}
 
 

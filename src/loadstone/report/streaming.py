@@ -13,15 +13,22 @@ def as_text(stats: StreamStats) -> str:
     """For people: how much was read, how fast, and how long it was waited for."""
     passes = "1 pass" if stats.passes == 1 else f"{stats.passes:,} passes"
     limit = f" (disk measured {format_rate(stats.disk_bytes_per_s)})" if stats.disk_bytes_per_s else ""
-    fronts = f", beside {format_bytes(stats.front_bytes)} of them that stay" if stats.front_bytes else ""
+    stays = beside_slots(stats)
     return (
         f"streamed {format_bytes(stats.streamed_bytes)} in {passes} at {format_rate(stats.read_bytes_per_s)}{limit}, "
         f"waited {stats.waited_share:.0%} of the time\n"
         f"{stats.uses:,} uses of {stats.num_units:,} units through {stats.num_slots} slots of "
-        f"{format_bytes(stats.slot_bytes)} together{fronts}, {stats.hits:,} of them there in time; "
+        f"{format_bytes(stats.slot_bytes)} together{stays}, {stats.hits:,} of them there in time; "
         f"{stats.overlap:.0%} of the reading hidden; {format_seconds(stats.stall_s)} of {format_seconds(stats.pass_s)} "
         "waited"
     )
+
+
+def beside_slots(stats: StreamStats) -> str:
+    """What stays of units that come and go; "" for nothing."""
+    front = [f"{format_bytes(stats.front_bytes)} of them that stay"] if stats.front_bytes else []
+    compressed = [f"{format_bytes(stats.compressed_bytes)} that stay compressed"] if stats.compressed_bytes else []
+    return f", beside {' and '.join([*front, *compressed])}" if front or compressed else ""
 
 
 def to_json(stats: StreamStats) -> dict[str, Any]:

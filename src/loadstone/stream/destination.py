@@ -135,8 +135,8 @@ class AtDestination:
         del unit
         return slot
 
-    def bring_fronts(self) -> None:
-        """There are none."""
+    def bring_kept(self) -> None:
+        """Nothing is."""
 
     def fill_whole(self) -> None:
         """So it is."""

@@ -29,16 +29,23 @@ class Layout:
         places: of the parameters.
         nbytes: how much memory it takes to fill them.
         front_bytes: the first of them, where these stay in memory of the unit's own.
+        compressed_bytes: the memory of what stays compressed.
     """
 
     places: tuple[Place, ...]
     nbytes: int
     front_bytes: int = 0
+    compressed_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
         """How large a slot must be for what comes and goes of the unit."""
         return self.nbytes - self.front_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of what stays of the unit while it comes and goes."""
+        return self.front_bytes + self.compressed_bytes
 
     @property
     def end(self) -> int:
@@ -145,7 +152,7 @@ class Filler(Protocol):
     def readers(self) -> tuple[Reader, ...]:
         """What reads files for it; none where all of it comes from memory."""
 
-    def bring_fronts(self) -> None:
+    def bring_kept(self) -> None:
         """Read what stays of units, where that is neither there nor on its way; without this it comes with its unit.
 
         Raises:

@@ -13,25 +13,16 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 from loadstone.events import NO_TRACE, BytesMoved, Observer, Tracer, ignore
 from loadstone.stream.busy import Busy
-from loadstone.stream.convert import copy
-from loadstone.stream.memory import Bytes, anonymous, populate
-from loadstone.stream.source import OpenFiles, Source, manners_of, staging_bytes
-from loadstone.stream.spans import CHUNK_BYTES, Fill, Prepared, Span, spans_of
+from loadstone.stream.memory import Bytes, anonymous
+from loadstone.stream.source import OpenFiles, manners_of, staging_bytes
+from loadstone.stream.spans import CHUNK_BYTES, Fill, Piece, Prepared, Staging, spans_of
 
 _TELL_BYTES = 64 << 20
 # How long a thread without work waits for more before it ends.
 _LINGER_S = 1.0
-
-
-class Staging(Protocol):
-    """Where one thread's reads land before a kernel takes them on."""
-
-    def next(self) -> Bytes:
-        """Page-aligned bytes, `staging_bytes` of the largest chunk of them, that nobody reads any more."""
 
 
 class HostStaging:
@@ -58,8 +49,8 @@ def read_now(prepared: Prepared, files: OpenFiles, staging: Staging) -> None:
         TruncatedFile: a file ended early.
         UnreadableFile: a file could not be read.
     """
-    for span in prepared.spans:
-        _deliver(span, files.source(span.file), staging)
+    for piece in prepared.pieces:
+        piece.deliver(files, staging)
 
 
 class Batch:
@@ -67,18 +58,22 @@ class Batch:
 
     Attributes:
         total_bytes: to be read.
+        work_bytes: the same with what comes from memory.
         done_bytes: read and delivered so far.
         files: where it is read from.
         label: what a trace calls it.
     """
 
-    def __init__(self, spans: Iterable[Span], total_bytes: int, files: OpenFiles, *, close_files: bool) -> None:
+    def __init__(
+        self, pieces: Iterable[Piece], total_bytes: int, files: OpenFiles, *, beside_bytes: int = 0, close_files: bool
+    ) -> None:
         self.label = ""
         self.total_bytes = total_bytes
+        self.work_bytes = total_bytes + beside_bytes
         self.done_bytes = 0
         self.files = files
         self._lock = threading.Lock()
-        self._spans: Iterator[Span] = iter(spans)
+        self._pieces: Iterator[Piece] = iter(pieces)
         self._close_files = close_files
         self._num_running = 0
         self._exhausted = False
@@ -112,36 +107,36 @@ class Batch:
         self._give_up(None)
         self._over.wait()
 
-    def _take(self) -> Span | None:
-        """The next span, which must be followed by `_run`; None when there is none left."""
+    def _take(self) -> Piece | None:
+        """The next piece, which must be followed by `_run`; None when there is none left."""
         with self._lock:
-            span = next(self._spans, None)
-            if span is None:
+            piece = next(self._pieces, None)
+            if piece is None:
                 self._exhausted = True
                 self._finish_if_done()
             else:
                 self._num_running += 1
-            return span
+            return piece
 
-    def _run(self, span: Span, staging: Staging, tell: Callable[[Batch, int, float], None]) -> None:
-        """Read a span and deliver it."""
+    def _run(self, piece: Piece, staging: Staging, tell: Callable[[Batch, int, float], None]) -> None:
+        """Bring a piece to where it belongs."""
         begin_s = time.perf_counter()
         try:
-            _deliver(span, self.files.source(span.file), staging)
-            tell(self, span.nbytes, begin_s)
+            piece.deliver(self.files, staging)
+            tell(self, piece.nbytes, begin_s)
         except BaseException as error:  # carried to the thread that waits, and raised there
             self._give_up(error)
         with self._lock:
             self._num_running -= 1
             if self._error is None:
-                self.done_bytes += span.nbytes
+                self.done_bytes += piece.nbytes
                 self._end_s = time.perf_counter()
             self._finish_if_done()
 
     def _give_up(self, error: BaseException | None) -> None:
         with self._lock:
             self._error = self._error or error
-            self._spans = iter(())
+            self._pieces = iter(())
             self._exhausted = True
             self._finish_if_done()
 
@@ -154,7 +149,7 @@ class Batch:
 
 def batch_of(prepared: Prepared, files: OpenFiles, label: str = "") -> Batch:
     """What `Reader.begin` begins; it can be cancelled before."""
-    batch = Batch(prepared.spans, prepared.total_bytes, files, close_files=False)
+    batch = Batch(prepared.pieces, prepared.total_bytes, files, beside_bytes=prepared.beside_bytes, close_files=False)
     batch.label = label
     return batch
 
@@ -228,7 +223,7 @@ class Reader:
 
     def begin(self, batch: Batch, priority: int = 0) -> Batch:
         """Begin to read a batch that was made before; returns it at once."""
-        wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES) or 1)
+        wanted = min(self._max_threads or batch.files.num_threads, -(-batch.work_bytes // CHUNK_BYTES) or 1)
         with self._lock:
             self._total_bytes += batch.total_bytes
             heapq.heappush(self._queue, (priority, next(self._serial), batch))
@@ -237,7 +232,7 @@ class Reader:
                 thread.start()  # first: one that an interrupt kept from starting must not be counted
                 self._threads.add(thread)
             self._changed.notify_all()
-        if not batch.total_bytes:
+        if not batch.work_bytes:
             batch.cancel()
         return batch
 
@@ -257,26 +252,30 @@ class Reader:
     def _work(self) -> None:
         staging = self._staging()
         while (job := self._next()) is not None:
-            batch, span = job
-            self._busy.begin()
-            batch._run(span, staging, self._tell)
-            self._busy.end()
-            del batch, span, job  # what was delivered must not live on in a thread that waits
+            batch, piece = job
+            if piece.nbytes:
+                self._busy.begin()
+            batch._run(piece, staging, self._tell)
+            if piece.nbytes:
+                self._busy.end()
+            del batch, piece, job  # what was delivered must not live on in a thread that waits
 
-    def _next(self) -> tuple[Batch, Span] | None:
+    def _next(self) -> tuple[Batch, Piece] | None:
         with self._lock:
             while True:
                 while self._queue:
                     batch = self._queue[0][2]
-                    if (span := batch._take()) is not None:
-                        return batch, span
+                    if (piece := batch._take()) is not None:
+                        return batch, piece
                     heapq.heappop(self._queue)
                 if self._closed or (not self._changed.wait(_LINGER_S) and not self._queue):
                     self._threads.discard(threading.current_thread())
                     return None
 
     def _tell(self, batch: Batch, nbytes: int, begin_s: float) -> None:
-        self.tracer.span("read", batch.label, begin_s, nbytes)
+        self.tracer.span("read" if nbytes else "expand", batch.label, begin_s, nbytes)
+        if not nbytes:
+            return
         with self._lock:
             self._done_bytes += nbytes
             if self._done_bytes - self._told_bytes < _TELL_BYTES and self._done_bytes != self._total_bytes:
@@ -284,22 +283,3 @@ class Reader:
             self._told_bytes = self._done_bytes
             event = BytesMoved(stage=self._stage, done_bytes=self._done_bytes, total_bytes=self._total_bytes)
         self._observer(event)
-
-
-def _deliver(span: Span, source: Source, staging: Staging) -> None:
-    first = span.fills[0]
-    if len(span.fills) == 1 and first.kernel is copy:
-        _touch(first)
-        source.read_into(span.offset, first.destination, staging.next())
-        return
-    staged = source.read(span.offset, span.nbytes, staging.next())
-    for fill in span.fills:
-        begin = fill.offset - span.offset
-        _touch(fill)
-        fill.kernel(staged[begin : begin + fill.nbytes], fill.destination)
-
-
-def _touch(fill: Fill) -> None:
-    """Fault in a large untouched destination with one system call rather than with one trap for each page."""
-    if fill.fresh and fill.nbytes >= CHUNK_BYTES // 2:
-        populate(fill.destination, write=True)

@@ -7,7 +7,7 @@ lies in the file's blocks, so that the disk writes it where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,7 +32,7 @@ from loadstone.stream.rearrange import (
 from loadstone.stream.source import ALIGNMENT, OpenFiles, streaming_manners
 from loadstone.stream.spans import Fill, Prepared, prepare
 
-_NOWHERE = np.empty(0, np.uint8)
+NOWHERE = np.empty(0, np.uint8)
 # Where parameters begin that are not laid out as the file's blocks are.
 _PLACE_ALIGNMENT = 64
 
@@ -69,7 +69,7 @@ def can_refill(wanted: Wanted, tensors: Tensors) -> bool:
 def _fill(part: Part, info: TensorInfo, target: Target) -> Fill | None:
     if is_rearranged(part, info):
         return rearranging_fill(part, info, target)
-    return fill_for(info, target.dtype, _NOWHERE, fresh=False)
+    return fill_for(info, target.dtype, NOWHERE, fresh=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +172,11 @@ class Recipe:
                 fills.append(replace(fill, destination=decoded, kernel=kernels[-1]))
         return prepare(fills), kernels
 
+    @property
+    def is_compressible(self) -> bool:
+        """Whether any part of it can be kept compressed: all of it only moves, and is bfloat16."""
+        return self.is_moved and all(place.target.dtype == "bfloat16" for place in self.places)
+
     def moved_bytes_behind(self, begin: int) -> int:
         """How much is read from the files for what lies behind byte `begin` of a unit that only moves."""
         return sum(min(read.fill.nbytes, max(0, read.end - begin)) for read in self._reads)
@@ -184,8 +189,14 @@ class Recipe:
             end: the one after the last.
             memory: for all of the unit.
         """
-        parts = [read.part(begin, end, memory) for read in self._reads]
-        return prepare([part for part in parts if part.nbytes])
+        return prepare([part for _, part in self.parts(begin, end, memory)])
+
+    def parts(self, begin: int, end: int, memory: Bytes) -> Iterator[tuple[int, Fill]]:
+        """What is read for a part of a unit that only moves, and where in the unit each of it begins."""
+        for read in self._reads:
+            part = read.part(begin, end, memory)
+            if part.nbytes:
+                yield max(read.begin, begin), part
 
 
 def _joined(reads: Sequence[_Read]) -> list[_Read]:
@@ -297,6 +308,10 @@ class Refill:
         if key not in self._prepared:
             self._prepared[key] = self.recipes[unit].prepare_part(begin, end, memory), []
         return batch_of(self._prepared[key][0], self.files, unit)
+
+    def batch_of(self, unit: str, prepared: Prepared) -> Batch:
+        """The same for what was prepared elsewhere."""
+        return batch_of(prepared, self.files, unit)
 
     def forget(self, slot: Bytes) -> None:
         """Hold on to memory no longer: it goes, or is not filled again."""

@@ -107,7 +107,7 @@ class Rows:
         if missing.size:
             runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
             prepared = prepare([self._fill(int(run[0]), int(run[-1]) + 1) for run in runs])
-            if len(prepared.spans) <= _FEW_SPANS:
+            if len(prepared.pieces) <= _FEW_SPANS:
                 # The reader's threads are in the midst of long reads, which would have to end first.
                 read_now(prepared, self._refill.files, self._staging)
             else:

@@ -17,7 +17,7 @@ from loadstone.events import Observer, ignore
 from loadstone.stream.combined import Combined
 from loadstone.stream.destination import Destination
 from loadstone.stream.filler import Filler, Layout, laid_out
-from loadstone.stream.from_files import FromFiles
+from loadstone.stream.from_files import ALL_GOES, FromFiles, Stays
 from loadstone.stream.from_memory import FromMemory, Home, Rehomed, packed
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.onward import Onward
@@ -69,18 +69,18 @@ class Way:
         destination: where the slots are.
         keep: where a parameter is kept, by fqn; those of a unit are kept together.
         rounding: the dtype that a parameter is rounded to on its way, by fqn; None for none.
-        slot_bytes: the most of a unit that comes and goes, where it comes from files to the host; 0 for all of it.
+        stays: what stays of units that come from files to the host.
     """
 
     destination: Destination
     keep: Callable[[str], Keep] = lambda _: Keep.DISK
     rounding: Rounding = lambda _: None
-    slot_bytes: int = 0
+    stays: Stays = ALL_GOES
 
 
-def host_way(slot_bytes: int = 0) -> Way:
+def host_way(stays: Stays = ALL_GOES) -> Way:
     """From the files to where the host computes."""
-    return Way(destination=Destination(torch.device("cpu"), NoLink()), slot_bytes=slot_bytes)
+    return Way(destination=Destination(torch.device("cpu"), NoLink()), stays=stays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ class FileSource:
         """The shortest chain that ends in the destination."""
         direct = self.is_direct
         self._refill = Refill(self._read({**groups, **tables}), self._checkpoint, self._observer)
-        self._files = FromFiles(self._refill, groups, self._way.slot_bytes if direct else 0)
+        self._files = FromFiles(self._refill, groups, self._way.stays if direct else ALL_GOES)
         return self._files if direct else self._chain(self._files, groups, tables)
 
     def _read(self, groups: Groups) -> dict[str, list[Wanted]]:

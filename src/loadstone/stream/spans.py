@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loadstone.stream.convert import copy
-from loadstone.stream.memory import Bytes
-from loadstone.stream.source import ALIGNMENT
+from loadstone.stream.memory import Bytes, populate
+from loadstone.stream.source import ALIGNMENT, OpenFiles
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
@@ -45,6 +45,33 @@ class Fill:
     chunk_bytes: int = CHUNK_BYTES
 
 
+class Staging(Protocol):
+    """Where one thread's reads land before a kernel takes them on."""
+
+    def next(self) -> Bytes:
+        """Page-aligned bytes, `staging_bytes` of the largest chunk of them, that nobody reads any more."""
+
+
+class Piece(Protocol):
+    """What one thread does at a time."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much of it is read from files."""
+
+    def deliver(self, files: OpenFiles, staging: Staging) -> None:
+        """Bring bytes to where they belong.
+
+        Args:
+            files: those that may be read.
+            staging: of the calling thread.
+
+        Raises:
+            TruncatedFile: a file ended early.
+            UnreadableFile: a file could not be read.
+        """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """Neighbouring fills of one file that are read in one call."""
@@ -54,23 +81,44 @@ class Span:
     nbytes: int
     fills: tuple[Fill, ...]
 
+    def deliver(self, files: OpenFiles, staging: Staging) -> None:
+        """Read them; see `Piece`."""
+        source, first = files.source(self.file), self.fills[0]
+        if len(self.fills) == 1 and first.kernel is copy:
+            _touch(first)
+            source.read_into(self.offset, first.destination, staging.next())
+            return
+        staged = source.read(self.offset, self.nbytes, staging.next())
+        for fill in self.fills:
+            begin = fill.offset - self.offset
+            _touch(fill)
+            fill.kernel(staged[begin : begin + fill.nbytes], fill.destination)
+
+
+def _touch(fill: Fill) -> None:
+    """Fault in a large untouched destination with one system call rather than with one trap for each page."""
+    if fill.fresh and fill.nbytes >= CHUNK_BYTES // 2:
+        populate(fill.destination, write=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """Fills that are read again and again: cut and joined once, from files that stay open.
 
     Attributes:
-        spans: what is read in one call each.
-        total_bytes: of all of them.
+        pieces: what is read in one call each, and then what comes from memory.
+        total_bytes: that are read.
+        beside_bytes: that come from memory.
     """
 
-    spans: tuple[Span, ...]
+    pieces: tuple[Piece, ...]
     total_bytes: int
+    beside_bytes: int = 0
 
 
 def prepare(fills: Sequence[Fill]) -> Prepared:
     """Do once what `Reader.submit` would do each time."""
-    return Prepared(spans=tuple(spans_of(fills)), total_bytes=sum(fill.nbytes for fill in fills))
+    return Prepared(pieces=tuple(spans_of(fills)), total_bytes=sum(fill.nbytes for fill in fills))
 
 
 def spans_of(fills: Iterable[Fill]) -> Iterator[Span]:
