@@ -23,7 +23,7 @@ MACHINE = Machine(devices=(GPU, HOST), cpu=Cpu(name="a processor", num_cores=4))
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring a little takes little time."""
-    for name in ("_MEMORY_BYTES", "_DISK_BYTES"):
+    for name in ("_MEMORY_BYTES", "_DISK_BYTES", "_EXPANDED_BYTES"):
         monkeypatch.setattr(measure, name, 16 << 20)
     for name, value in {"_OUT": 64, "_IN": 64, "_HOST_WEIGHT_BYTES": 1 << 18, "_LINK_BYTES": 1 << 16}.items():
         monkeypatch.setattr(measure_compute, name, value)
@@ -34,7 +34,7 @@ def test_rates_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: pyt
     weights = tmp_path / "weights"
     weights.write_bytes(bytes(9 << 20))
     rates = measure.measure(weights, tmp_path / "cache")
-    for rate in (rates.cached_bytes_per_s, rates.copy_bytes_per_s, rates.touch_bytes_per_s):
+    for rate in (rates.cached_bytes_per_s, rates.copy_bytes_per_s, rates.touch_bytes_per_s, rates.expand_bytes_per_s):
         assert rate is not None
         assert rate > 1e6
     monkeypatch.setattr(measure, "measure_rates", lambda _: pytest.fail("measured again"))

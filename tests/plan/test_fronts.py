@@ -20,8 +20,15 @@ ASKED = Asked(run=Run(context=100, prompt_tokens=50), max_memory={HOST: 5_000_00
 WHOLE = Process(shows_pages=False)
 
 
-def made(model: Checkpoint = MODEL, asked: Asked = ASKED, process: Process | None = None, disk: float = 1e9) -> Plan:
-    return make_plan(model, machine(10**12, rates=Rates(disk_bytes_per_s=disk)), asked, process)
+def made(
+    model: Checkpoint = MODEL,
+    asked: Asked = ASKED,
+    process: Process | None = None,
+    disk: float = 1e9,
+    expand: float | None = 6e9,
+) -> Plan:
+    rates = Rates(disk_bytes_per_s=disk, expand_bytes_per_s=expand)
+    return make_plan(model, machine(10**12, rates=rates), asked, process)
 
 
 def units() -> list[Unit]:
@@ -157,3 +164,8 @@ def test_a_model_a_little_larger_than_the_memory_is_hardly_read_at_all() -> None
     plan = made(asked=asked, process=COMPRESSES, disk=1e8)
     assert plan.streamed_bytes < 0.02 * total
     assert made(asked=asked).streamed_bytes > 0.1 * total
+
+
+def test_nothing_is_compressed_where_that_was_not_measured() -> None:
+    assert made(process=COMPRESSES).read_bytes is not None
+    assert made(process=COMPRESSES, expand=None).read_bytes is None

@@ -10,7 +10,7 @@ from plan_models import machine, random_model
 from loadstone import compression
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import DoesNotFit
-from loadstone.hardware.spec import Machine
+from loadstone.hardware.spec import Machine, Rates
 from loadstone.plan import cost, fronts, make
 from loadstone.plan.budget import CONTEXT_BYTES, Process
 from loadstone.plan.cost import simulate, speeds_of, transfer_s, work
@@ -45,9 +45,14 @@ def cases(seed: int, count: int, gpus: int = 2) -> Iterator[tuple[Random, Checkp
         yield random, checkpoint, machine(host_bytes, *gpu_bytes), asked
 
 
+def measured(on: Machine) -> Machine:
+    """With the rates between which compressing decides."""
+    return replace(on, rates=Rates(disk_bytes_per_s=1e9, expand_bytes_per_s=3e9))
+
+
 def planned(checkpoint: Checkpoint, on: Machine, asked: Asked, *, compresses: bool = False) -> Plan | None:
     try:
-        return make.make_plan(checkpoint, on, asked, Process(compresses=compresses))
+        return make.make_plan(checkpoint, measured(on) if compresses else on, asked, Process(compresses=compresses))
     except DoesNotFit:
         return None
 
@@ -126,7 +131,7 @@ def walk(
     checkpoint: Checkpoint, plan: Plan, on: Machine, streamed: set[str] | None = None
 ) -> list[tuple[float, float]]:
     """The steps of a decoding pass on the host; with other units streamed where they are given."""
-    speeds, units = speeds_of(on, plan.dtype), placed_units(checkpoint, plan)
+    speeds, units = speeds_of(measured(on), plan.dtype), placed_units(checkpoint, plan)
     if streamed is None:
         units |= {
             one.unit: replace(units[one.unit], front_bytes=one.front_bytes, compressed_bytes=one.compressed_bytes)

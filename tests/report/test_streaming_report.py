@@ -34,6 +34,12 @@ def test_the_text_says_how_much_how_fast_and_how_long_it_was_waited_for() -> Non
     ]
     assert "measured" not in as_text(replace(STATS, disk_bytes_per_s=None))
     assert "in 1 pass at" in as_text(replace(STATS, passes=1))
+    slots = "through 2 slots of 932 MB together, beside"
+    assert f"{slots} 1.50 GB of them that stay, 228" in as_text(replace(STATS, front_bytes=1_500_000_000))
+    assert f"{slots} 2.00 GB that stay compressed, 228" in as_text(replace(STATS, compressed_bytes=2_000_000_000))
+    both = replace(STATS, front_bytes=1_500_000_000, compressed_bytes=2_000_000_000)
+    assert f"{slots} 1.50 GB of them that stay and 2.00 GB that stay compressed, 228" in as_text(both)
+    assert both.memory_bytes == 4_432_000_000
 
 
 def test_json_has_the_figures_and_what_follows_from_them() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.dtypes import DTYPES
 from loadstone.errors import DoesNotFit
-from loadstone.hardware.spec import Machine
+from loadstone.hardware.spec import Machine, Rates
 from loadstone.plan.alternatives import Attempt, alternatives
 from loadstone.plan.beside import beside_by_order, cache_by_order
 from loadstone.plan.budget import Process, budgets
@@ -173,10 +173,15 @@ class _Planner:
             speeds=speeds_of(self.machine, dtype.value),
             offload=asked.offload,
             fronts=self.process.shows_pages,
-            compresses=self.process.compresses and dtype.value == "bfloat16",
+            compresses=self.process.compresses and dtype.value == "bfloat16" and _knows_both(self.machine.rates),
             host_computes=asked.device in (None, HOST),
         )
         return _Case(problem=problem, facts=facts, dtype=dtype, terms=allocated)
+
+
+def _knows_both(rates: Rates) -> bool:
+    """Whether both are measured between which compressing decides: with guesses it could make a run slower."""
+    return rates.disk_bytes_per_s is not None and rates.expand_bytes_per_s is not None
 
 
 def _loading(found: Inventory) -> Loading:
