@@ -14,6 +14,7 @@ only asks the kernel for the pages of the weights, with a thread for each core; 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import mmap
 import os
@@ -93,6 +94,7 @@ def floor(folder: Path, what: str, *, cold: bool) -> float:
     """Seconds of a plain loop over all bytes of the checkpoint: memory twice as large is found, and cast into."""
     files = sorted(folder.glob("*.safetensors"))
     begin = time.perf_counter()
+    libc = ctypes.CDLL(None)
     pieces, lock = _pieces(files, os.O_DIRECT if cold else 0), threading.Lock()
 
     def work() -> None:
@@ -103,8 +105,11 @@ def floor(folder: Path, what: str, *, cold: bool) -> float:
                 piece = next(pieces, None)
             if piece is None:
                 return
-            descriptor, offset, memory, weights = piece
-            memory.madvise(MADV_POPULATE_WRITE, 2 * offset, 2 * CHUNK_BYTES)
+            descriptor, offset, weights = piece
+            # Python's own madvise holds the interpreter's lock meanwhile.
+            libc.madvise(
+                ctypes.c_void_p(weights.ctypes.data + 2 * offset), ctypes.c_size_t(2 * CHUNK_BYTES), MADV_POPULATE_WRITE
+            )
             if what == "plain_cast":
                 count = os.preadv(descriptor, [buffer], offset)
                 # A bfloat16 is the upper half of a float32, and new memory is zero.
@@ -118,14 +123,13 @@ def floor(folder: Path, what: str, *, cold: bool) -> float:
     return time.perf_counter() - begin
 
 
-def _pieces(files: list[Path], flags: int) -> Iterator[tuple[int, int, mmap.mmap, Any]]:
+def _pieces(files: list[Path], flags: int) -> Iterator[tuple[int, int, Any]]:
     """Chunks of files: descriptor, offset, and the memory of all of the file as float32, whole chunks."""
     for path in files:
         nbytes = -(-path.stat().st_size // CHUNK_BYTES) * CHUNK_BYTES
-        descriptor, memory = os.open(path, os.O_RDONLY | flags), mmap.mmap(-1, 2 * nbytes)
-        weights = np.frombuffer(memory, np.uint16)
+        descriptor, weights = os.open(path, os.O_RDONLY | flags), np.frombuffer(mmap.mmap(-1, 2 * nbytes), np.uint16)
         for offset in range(0, nbytes, CHUNK_BYTES):
-            yield descriptor, offset, memory, weights
+            yield descriptor, offset, weights
 
 
 def import_everything(peer: str) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # plans know what is planned for it, and no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
+    Bytes = NDArray[np.uint8]
 
 # What is planned for a byte; what takes more is better not kept so.
 SHARE = 0.765
@@ -23,6 +24,7 @@ GRAIN_BYTES = 64 << 10
 _PAGE_BYTES = 4096
 
 
+@cache
 def can_compress() -> bool:
     """Whether there is what compresses."""
     return find_spec("numcodecs") is not None
@@ -41,7 +43,7 @@ def whole_grains(nbytes: int) -> int:
 def compress(data: Bytes) -> bytes:
     """Bytes of 16-bit numbers, compressed without loss."""
     blosc = _blosc()
-    compressed: bytes = blosc.compress(data.view(np.uint16), b"lz4", 1, blosc.BITSHUFFLE, GRAIN_BYTES // 2)
+    compressed: bytes = blosc.compress(data.view("uint16"), b"lz4", 1, blosc.BITSHUFFLE, GRAIN_BYTES // 2)
     return compressed
 
 

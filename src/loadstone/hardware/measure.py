@@ -212,12 +212,14 @@ def _memory_rate(pass_number: int) -> float:
 def _expand_rate() -> float:
     """The rate at which weights come out of compressed memory into memory that was touched before, all cores."""
     normal = np.random.default_rng(0).standard_normal(_STRETCH_BYTES // 2, np.float32)
-    compressed = compress((normal.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
+    weights = (normal.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    made: list[bytes] = []
+    _timed([lambda: made.append(compress(weights))])  # not in this thread, where Blosc would start threads that stay
     cores = num_cores()
     count = -(-_EXPANDED_BYTES // cores // _STRETCH_BYTES)
     places = [np.ones((count, _STRETCH_BYTES), np.uint8) for _ in range(cores)]
     # Each stretch from memory of its own, as in a model.
-    kept = [[bytearray(compressed) for _ in range(count)] for _ in range(cores)]
+    kept = [[bytearray(made[0]) for _ in range(count)] for _ in range(cores)]
 
     def worker(number: int) -> Callable[[], None]:
         def work() -> None:

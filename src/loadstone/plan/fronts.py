@@ -97,13 +97,19 @@ def _splits(
     high = larger[-num_slots - 1]
     if not fits(high, high):
         return
-    least = _least(limit, high, lambda slot: fits(slot, slot))
-    yield Split(slot_bytes=-(-least // _PAGE_BYTES) * _PAGE_BYTES)
+    yield Split(slot_bytes=_whole_pages(_least(limit, high, lambda slot: fits(slot, slot))))
     if best_read is not None:
         least = _least(0, high, lambda read: fits(high, read))
         read = max(least, best_read([min(size, high) for size in larger]))
         if read < high:
             yield Split(slot_bytes=high, read_bytes=read)
+            slot = _whole_pages(_least(read, high, lambda slot: fits(slot, read)))
+            if slot < high:  # what room is left makes fronts longer
+                yield Split(slot_bytes=slot, read_bytes=read)
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def _kept(size: int, slot_bytes: int, read_bytes: int) -> int:

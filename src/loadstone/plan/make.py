@@ -210,7 +210,7 @@ def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
     if not streamed:
         yield f"all {format_bytes(total)} of weights are resident on {', '.join(devices)}"
         return
-    kept = total - sum(one.unit.memory_bytes - one.unit.front_bytes - one.unit.compressed_bytes for one in streamed)
+    kept = total - sum(one.unit.memory_bytes - one.unit.front_bytes for one in streamed)
     resident = f"{format_bytes(kept)} of {format_bytes(total)} of weights are resident"
     if all(one.unit.kind is UnitKind.EMBEDDING for one in streamed):
         names = ", ".join(one.unit.name for one in streamed)

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from loadstone.checkpoint.values import Checkpoint
@@ -156,7 +157,9 @@ def _field_types(kind: Hashable) -> dict[str, Any]:
 
 
 def _value(kind: Any, data: Any, where: str, path: str) -> Any:
-    """`data` as a value of `kind`, which is a dataclass, an enum, a tuple or mapping of one kind, or a plain type."""
+    """`data` as a value of `kind`: a dataclass, an enum, a tuple or mapping of one kind, a plain type; or None."""
+    if get_origin(kind) is UnionType:
+        return None if data is None else _value(get_args(kind)[0], data, where, path)
     if is_dataclass(kind):
         return _record(kind, data, where, path)
     if get_origin(kind) is tuple and isinstance(data, list):

@@ -70,7 +70,7 @@ class Compressed:
         self._stretches = [stretch for begin, fill in parts for stretch in _stretches(begin, fill)]
         self._lock = threading.Lock()
         self._used_bytes = 0
-        self._prepared: dict[int, Prepared] = {}
+        self._prepared: dict[tuple[int, int], Prepared] = {}
         # Sparse: what is not used of it is never touched.
         self._memory = anonymous(max(1, kept_bytes(self.nbytes)), sparse=True)
 
@@ -97,7 +97,7 @@ class Compressed:
             if not stretch.is_settled
         ]
 
-    def prepare(self, memory: Bytes, others: Iterable[Fill]) -> Prepared:
+    def prepare(self, memory: Bytes, others: Sequence[Fill]) -> Prepared:
         """What brings all of it, and others, into the memory of the unit.
 
         What comes from here begins when all reads have, so that the disk never waits for it. What is read may be kept
@@ -105,16 +105,19 @@ class Compressed:
 
         Args:
             memory: for all of the unit.
-            others: what is read besides; the same for the same memory, once all of this is settled.
+            others: what is read besides; as many are the same for the same memory.
         """
-        key, is_settled = memory.ctypes.data, self.is_settled
-        if not is_settled or key not in self._prepared:
-            self._prepared[key] = self._pieces(memory, list(others))
-        return self._prepared[key] if is_settled else self._prepared.pop(key)
+        if not self.is_settled:
+            return self._pieces(memory, others)
+        key = (memory.ctypes.data, len(others))
+        if key not in self._prepared:
+            self._prepared[key] = self._pieces(memory, others)
+        return self._prepared[key]
 
     def forget(self, memory: Bytes) -> None:
         """Hold on to memory no longer."""
-        self._prepared.pop(memory.ctypes.data, None)
+        for key in [key for key in self._prepared if key[0] == memory.ctypes.data]:
+            del self._prepared[key]
 
     def _pieces(self, memory: Bytes, others: Sequence[Fill]) -> Prepared:
         fills = [*others, *(self._fill(stretch, memory) for stretch in self._stretches if stretch.kept is None)]
