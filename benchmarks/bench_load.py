@@ -262,6 +262,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--cases", default="process,load", help="process, load, or both")
     parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--results", default="load", help="the name of the JSON file in results/")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -283,7 +284,7 @@ def main() -> None:
     stored = sum(path.stat().st_size for path in arguments.folder.glob("*.safetensors"))
     weight_bytes = {dtype: stored * width // 2 for dtype, width in PARAMETER_BYTES.items()}
     goals = report(cases, weight_bytes)
-    print(f"written to {harness.save('load', {'goals': goals, 'cases': cases})}")
+    print(f"written to {harness.save(arguments.results, {'goals': goals, 'cases': cases})}")
 
 
 if __name__ == "__main__":
