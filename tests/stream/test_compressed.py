@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +151,28 @@ def test_a_file_that_changed_is_not_kept(files: Files) -> None:
     with pytest.raises(FileChanged, match="weights"):
         filler.bring_kept()
     filler.close()
+
+
+def test_what_was_kept_of_other_content_is_not_used_when_the_right_one_is_back(files: Files) -> None:
+    filler, content = kept(files, Stays(read_bytes=READ_BYTES))
+    slot = filler.slot(filler.layout("ab").slot_bytes)
+    filler.fill("cd", slot).wait()  # the file is open
+    right, times = files.path.read_bytes(), files.path.stat()
+    write_over(files.path, bytes(len(right)))
+    filler.fill("ab", slot).wait()
+    with pytest.raises(FileChanged):
+        filler.check("ab")
+    write_over(files.path, right)
+    os.utime(files.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    filler.fill("ab", slot).wait()
+    filler.check("ab")
+    check(filler, "ab", slot, content)
+    filler.close()
+
+
+def write_over(path: Path, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(data)
 
 
 def test_a_fill_that_is_cancelled_leaves_what_it_has_read(files: Files) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from loadstone.compression import can_compress, kept_bytes, whole_grains
+from loadstone.errors import LoadstoneError
 from loadstone.hardware.memory import can_show_pages
 from loadstone.stream.compressed import Compressed
 from loadstone.stream.filler import Known, Layout, unknown
@@ -195,11 +197,22 @@ class FromFiles:
 
     def check(self, unit: str) -> None:
         """Check that the files of a unit are those whose headers were read."""
-        self._refill.check(unit)
+        with self._dropped_if_changed():
+            self._refill.check(unit)
 
     def check_all(self) -> None:
         """Check that all files are those whose headers were read."""
-        self._refill.check_all()
+        with self._dropped_if_changed():
+            self._refill.check_all()
+
+    @contextlib.contextmanager
+    def _dropped_if_changed(self) -> Iterator[None]:
+        """What was kept while a file was another one is not used, should the right one come back."""
+        try:
+            yield
+        except LoadstoneError:
+            self._compressed.clear()
+            raise
 
     def readers(self) -> tuple[Reader, ...]:
         """The one there is."""
