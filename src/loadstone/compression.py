@@ -7,9 +7,12 @@ of them, and gives them back faster than most disks could. Both are done by Blos
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from loadstone.units import round_up
 
 if TYPE_CHECKING:  # plans know what is planned for it, and no numpy
     import numpy as np
@@ -32,7 +35,7 @@ def can_compress() -> bool:
 
 def kept_bytes(nbytes: int) -> int:
     """The memory that is planned for bytes that are kept compressed, whole pages."""
-    return -int(-nbytes * SHARE // _PAGE_BYTES) * _PAGE_BYTES
+    return round_up(math.ceil(nbytes * SHARE), _PAGE_BYTES)
 
 
 def whole_grains(nbytes: int) -> int:

@@ -12,6 +12,11 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _FLOPS = ("FLOPS", "kFLOPS", "MFLOPS", "GFLOPS", "TFLOPS", "PFLOPS")
 
 
+def round_up(number: int, unit: int) -> int:
+    """The least multiple of a unit that is not below a number."""
+    return -(-number // unit) * unit
+
+
 def format_bytes(nbytes: float) -> str:
     """Three significant figures and a unit: `98.1 MB`."""
     return _scaled(nbytes, _DECIMAL, " ")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from loadstone.compression import kept_bytes, whole_grains
 from loadstone.plan.values import Unit, UnitKind
+from loadstone.units import round_up
 
 # Smaller reads do not keep a disk busy while two of them wait for it: what is not larger stays whole. Measured, 8.7 GB
 # in 5.0: 3.27 GB in 125 pieces took as long as 3.30 GB in 71.
@@ -97,19 +98,15 @@ def _splits(
     high = larger[-num_slots - 1]
     if not fits(high, high):
         return
-    yield Split(slot_bytes=_whole_pages(_least(limit, high, lambda slot: fits(slot, slot))))
+    yield Split(slot_bytes=round_up(_least(limit, high, lambda slot: fits(slot, slot)), _PAGE_BYTES))
     if best_read is not None:
         least = _least(0, high, lambda read: fits(high, read))
         read = max(least, best_read([min(size, high) for size in larger]))
         if read < high:
             yield Split(slot_bytes=high, read_bytes=read)
-            slot = _whole_pages(_least(read, high, lambda slot: fits(slot, read)))
+            slot = round_up(_least(read, high, lambda slot: fits(slot, read)), _PAGE_BYTES)
             if slot < high:  # what room is left makes fronts longer
                 yield Split(slot_bytes=slot, read_bytes=read)
-
-
-def _whole_pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def _kept(size: int, slot_bytes: int, read_bytes: int) -> int:

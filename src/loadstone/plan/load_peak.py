@@ -26,7 +26,7 @@ class LoadPeak:
         weight_bytes: anonymous memory of tensors that are cast, decoded, rearranged or put together.
         mapped_bytes: tensors used where they lie in their files, which the kernel can drop and read again.
         workspace_bytes: buffers, what lies between two steps, and what Python keeps of the tensors.
-        streaming_bytes: slots of what is streamed, fronts that stay of it, and the room that experts share.
+        streaming_bytes: slots of what is streamed, what stays of it, and the room that experts share.
     """
 
     weight_bytes: int

@@ -132,7 +132,7 @@ class Compressed:
         kernel = stretch.fill.kernel if stretch.is_settled else partial(self._keep_and_copy, stretch)
         return replace(stretch.fill, kernel=kernel, destination=stretch.place(memory), fresh=False)
 
-    def _keep(self, stretch: _Stretch, source: Bytes, _: object = None) -> None:
+    def _keep(self, stretch: _Stretch, source: Bytes, _: object) -> None:
         if stretch.is_settled:
             return
         compressed = np.frombuffer(compress(source), np.uint8)
@@ -147,4 +147,4 @@ class Compressed:
 
     def _keep_and_copy(self, stretch: _Stretch, source: Bytes, destination: Bytes) -> None:
         destination[:] = source
-        self._keep(stretch, source)
+        self._keep(stretch, source, destination)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from loadstone.checkpoint.files import open_regular
 from loadstone.errors import TruncatedFile
+from loadstone.units import round_up
 
 # From include/uapi/linux/mman.h and asm-generic/mman-common.h; Python's mmap module lacks the last ones.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -294,7 +295,7 @@ def map_over(place: Bytes, descriptor: int | None) -> None:
 
 def whole_pages(nbytes: int) -> int:
     """The bytes of the pages that so many bytes take."""
-    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+    return round_up(nbytes, PAGE_BYTES)
 
 
 def give_back(array: Bytes) -> None:

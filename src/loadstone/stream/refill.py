@@ -31,6 +31,7 @@ from loadstone.stream.rearrange import (
 )
 from loadstone.stream.source import ALIGNMENT, OpenFiles, streaming_manners
 from loadstone.stream.spans import Fill, Prepared, prepare
+from loadstone.units import round_up
 
 NOWHERE = np.empty(0, np.uint8)
 # Where parameters begin that are not laid out as the file's blocks are.
@@ -136,19 +137,19 @@ class Recipe:
         first = wanted.assignment.parts[0]
         moves = not is_rearranged(first, info) and info.is_aligned and first.start == 0
         if not moves or info.encoding is not None or info.dtype != wanted.target.dtype:
-            return _round_up(self.nbytes, _PLACE_ALIGNMENT)
+            return round_up(self.nbytes, _PLACE_ALIGNMENT)
         last = self._reads[-1] if self._reads else None
         if last is not None and last.fill.kernel is copy and last.fill.file == info.file and last.end == self.nbytes:
             gap = info.offset - last.fill.offset - last.fill.nbytes
             if 0 <= gap < ALIGNMENT:
                 return self.nbytes + gap
-        return _round_up(self.nbytes, ALIGNMENT) + info.offset % ALIGNMENT
+        return round_up(self.nbytes, ALIGNMENT) + info.offset % ALIGNMENT
 
     def finish(self) -> None:
         """Join what is read in one go, and make room for what is rearranged."""
         self._reads = _joined(self._reads)
         for number, one in enumerate(self._rearrangements):
-            begin = _round_up(self.nbytes, _PLACE_ALIGNMENT)
+            begin = round_up(self.nbytes, _PLACE_ALIGNMENT)
             self._rearrangements[number] = replace(one, begin=begin)
             self.nbytes = begin + decoded_nbytes(one.part, one.info, one.place.target)
 
@@ -222,10 +223,6 @@ def _continues(last: _Read, read: _Read) -> bool:
     )
     gap = after.offset - before.offset - before.nbytes
     return same and read.begin - last.end == gap and (gap == 0 or (before.kernel is copy and 0 < gap < ALIGNMENT))
-
-
-def _round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
 
 
 def recipe_for(wanted: Iterable[Wanted], tensors: Tensors) -> Recipe:
