@@ -72,9 +72,27 @@ def test_a_disk_that_refuses_direct_reads_has_no_cold_rate(tmp_path: Path, monke
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "preadv", refuse)
-    assert measure._read_rate(weights, os.O_RDONLY, 2) is None
+    assert measure._read_rate(weights, os.O_RDONLY, 2, 1) is None
     monkeypatch.setattr(os, "open", refuse)
-    assert measure._read_rate(weights, os.O_RDONLY, 2) is None
+    assert measure._read_rate(weights, os.O_RDONLY, 2, 1) is None
+
+
+def test_a_disk_that_is_fast_at_first_is_believed_only_what_it_does_most_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(13 << 20))
+    monkeypatch.setattr(measure, "_LOOK_BYTES", 4 << 20)
+    rates = iter([3e9, 1.2e9, 1e9])
+    seen: list[list[int]] = []
+
+    def look(_: int, offsets: range, *__: object) -> float:
+        seen.append(list(offsets))
+        return next(rates)
+
+    monkeypatch.setattr(measure, "_rate_of_reads", look)
+    assert measure._read_rate(weights, os.O_RDONLY, 2, 8) == 1.2e9
+    assert seen == [[0], [4 << 20], [8 << 20]]
 
 
 def test_the_sample_is_the_largest_file_or_one_that_is_gone_afterwards(

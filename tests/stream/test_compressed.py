@@ -13,9 +13,10 @@ from test_refill import Array, Files, as_bfloat16, files, floats, wanted, words
 from loadstone.compression import GRAIN_BYTES, SHARE, compress, expand, kept_bytes, whole_grains
 from loadstone.errors import FileChanged
 from loadstone.hardware.memory import resident
-from loadstone.stream.from_files import FromFiles, Stays
+from loadstone.stream.from_files import FromFiles
 from loadstone.stream.refill import Refill
 from loadstone.stream.spans import CHUNK_BYTES
+from loadstone.stream.staying import Stays
 
 __all__ = ["files"]  # a fixture
 SHAPES = {"a": 5000, "b": 1_300_000, "c": 7, "d": 900_001}

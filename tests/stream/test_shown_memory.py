@@ -12,10 +12,11 @@ from test_refill import Files, files, wanted, words
 
 from loadstone.errors import FileChanged
 from loadstone.hardware.memory import resident
-from loadstone.stream.from_files import FromFiles, Stays
+from loadstone.stream.from_files import FromFiles
 from loadstone.stream.fronts import FrontedUnit, SharedSlot, front_bytes
 from loadstone.stream.memory import PAGE_BYTES
 from loadstone.stream.refill import Refill
+from loadstone.stream.staying import Stays
 
 __all__ = ["files"]  # a fixture
 SHAPES = {"a": 5000, "b": 300_000, "c": 7, "d": 90_001}

@@ -6,11 +6,13 @@ import contextlib
 import logging
 import mmap
 import os
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +30,12 @@ from loadstone.hardware.spec import Device, Machine, Rates
 from loadstone.hardware.storage import existing_parent
 
 _CHUNK_BYTES = 4 << 20
-_DISK_BYTES = 256 << 20
+_DISK_BYTES, _LOOK_BYTES = 256 << 20, 128 << 20
 _MEMORY_BYTES = 256 << 20
 _DISK_THREADS = 8
 _STRETCH_BYTES, _EXPANDED_BYTES = 1 << 20, 64 << 20
 _AT_MOST_S = 0.8  # for writing a sample, and for reading from a slow disk
+_EXPAND_LOOKS, _DISK_LOOKS, _CACHE_LOOKS = 5, 8, 2
 
 _log = logging.getLogger("loadstone.hardware")
 
@@ -59,7 +62,7 @@ def measure(path: Path, cache: Path) -> Rates:
 def measure_rates(path: Path | None) -> Rates:
     """The same, measured now; without a file only the memory's."""
     return Rates(
-        disk_bytes_per_s=_read_rate(path, os.O_RDONLY | _DIRECT, _DISK_THREADS) if path and _DIRECT else None,
+        disk_bytes_per_s=_disk_rate(path) if path and _DIRECT else None,
         cached_bytes_per_s=None if path is None else _cached_rate(path),
         copy_bytes_per_s=_memory_rate(1),
         touch_bytes_per_s=_memory_rate(0),
@@ -149,42 +152,67 @@ def _write_sample(path: Path) -> None:
         os.close(descriptor)
 
 
+def _disk_rate(path: Path) -> float | None:
+    return _read_rate(path, os.O_RDONLY | _DIRECT, _DISK_THREADS, _DISK_LOOKS)
+
+
 def _cached_rate(path: Path) -> float | None:
     """Reads out of the page cache into touched memory, all cores; the first pass fills the cache."""
-    _read_rate(path, os.O_RDONLY, num_cores())
-    return _read_rate(path, os.O_RDONLY, num_cores())
+    _read_rate(path, os.O_RDONLY, num_cores(), _CACHE_LOOKS)
+    return _read_rate(path, os.O_RDONLY, num_cores(), _CACHE_LOOKS)
 
 
-def _read_rate(path: Path, flags: int, num_threads: int) -> float | None:
-    """Reads of the first 256 MB, or as much as the time allows; None where the file system refuses the flags."""
-    nbytes = min(path.stat().st_size, _DISK_BYTES) // _CHUNK_BYTES * _CHUNK_BYTES
+def _read_rate(path: Path, flags: int, num_threads: int, num_looks: int) -> float | None:
+    """Reads of the first stretches of a file, or as many as the time allows; None where that is refused.
+
+    The median of them: rented disks are fast for as long as nothing was read for a while, and busy ones by turns.
+    """
     try:
         descriptor = os.open(path, flags)
     except OSError:
         return None
-    offsets = iter(range(0, nbytes, _CHUNK_BYTES))
-    done: list[int] = []
-    failed: list[OSError] = []
+    end = time.perf_counter() + _AT_MOST_S
     buffers = [mmap.mmap(-1, _CHUNK_BYTES) for _ in range(num_threads)]  # page-aligned, as direct reads require
     for buffer in buffers:
         buffer.write(bytes(_CHUNK_BYTES))
-    end = time.perf_counter() + _AT_MOST_S
+    whole = path.stat().st_size // _CHUNK_BYTES * _CHUNK_BYTES
+    rates: list[float] = []
+    try:
+        for begin in range(0, min(whole, num_looks * _LOOK_BYTES), _LOOK_BYTES):
+            offsets = range(begin, min(whole, begin + _LOOK_BYTES), _CHUNK_BYTES)
+            rates.append(_rate_of_reads(descriptor, offsets, buffers, end))
+            if time.perf_counter() > end:
+                break
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return statistics.median(rates) if rates else None
 
-    def reading(buffer: mmap.mmap) -> Callable[[], None]:
-        def work() -> None:
-            for offset in offsets:
-                try:
-                    done.append(os.preadv(descriptor, [buffer], offset))
-                except OSError as error:
-                    failed.append(error)
-                if failed or time.perf_counter() > end:
-                    return
 
-        return work
+def _rate_of_reads(descriptor: int, offsets: Iterable[int], buffers: Sequence[mmap.mmap], end: float) -> float:
+    """A chunk at each offset, a thread for each buffer; less when the time has come.
 
-    seconds = _timed([reading(buffer) for buffer in buffers])
-    os.close(descriptor)
-    return sum(done) / seconds if done and not failed else None
+    Raises:
+        OSError: a read failed.
+    """
+    remaining = iter(offsets)
+    done: list[int] = []
+    failed: list[OSError] = []
+
+    def reading(buffer: mmap.mmap) -> None:
+        for offset in remaining:
+            try:
+                done.append(os.preadv(descriptor, [buffer], offset))
+            except OSError as error:
+                failed.append(error)
+            if failed or time.perf_counter() > end:
+                return
+
+    seconds = _timed([partial(reading, buffer) for buffer in buffers])
+    if failed:
+        raise failed[0]
+    return sum(done) / seconds
 
 
 def _memory_rate(pass_number: int) -> float:
@@ -228,7 +256,8 @@ def _expand_rate() -> float:
 
         return work
 
-    return cores * count * _STRETCH_BYTES / _timed([worker(number) for number in range(cores)])
+    works = [worker(number) for number in range(cores)]
+    return cores * count * _STRETCH_BYTES / statistics.median(_timed(works) for _ in range(_EXPAND_LOOKS))
 
 
 def _timed(works: Sequence[Callable[[], None]]) -> float:

@@ -17,13 +17,14 @@ from loadstone.events import Observer, ignore
 from loadstone.stream.combined import Combined
 from loadstone.stream.destination import Destination
 from loadstone.stream.filler import Filler, Layout, laid_out
-from loadstone.stream.from_files import ALL_GOES, FromFiles, Stays
+from loadstone.stream.from_files import FromFiles
 from loadstone.stream.from_memory import FromMemory, Home, Rehomed, packed
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.onward import Onward
 from loadstone.stream.rearrange import is_rearranged
 from loadstone.stream.refill import Place, Refill, Tensors, Wanted
 from loadstone.stream.rows import Rows, Table, WholeTable, has_rows
+from loadstone.stream.staying import ALL_GOES, Stays
 from loadstone.stream.transfer import NoLink
 
 Groups = Mapping[str, Sequence[str]]
