@@ -273,6 +273,7 @@ def run_case(geometry: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     arguments.path = make_checkpoint.write(geometry, arguments.folder / geometry)
     arguments.budget = int(CASES[geometry] * arguments.scale)
+    os.sync()  # what was written just now must not be on its way to the disk while that is measured
     stretches = Stretches(sorted(arguments.path.glob("*.safetensors")))
     loadstone.machine(model=arguments.path, measure=True)
     raw = search_rate(stretches)

@@ -32,7 +32,7 @@ def away(model: nn.Module) -> set[str]:
 
 
 def threads() -> int:
-    names = ("loadstone-send", "loadstone-copy", "loadstone-read")
+    names = ("loadstone-send", "loadstone-copy", "loadstone-read", "loadstone-expand")
     return sum(thread.name.startswith(names) for thread in threading.enumerate())
 
 

@@ -435,7 +435,7 @@ def test_threads_end_with_the_model(folder: Path) -> None:
     del model
     gc.collect()
     assert residency() is None
-    assert not [thread for thread in threading.enumerate() if thread.name == "loadstone-read"]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("loadstone-read", "loadstone-expand")]
 
 
 def test_a_resident_model_has_nothing_to_tell(folder: Path) -> None:

@@ -69,7 +69,7 @@ def parked_and_woken(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     expected, before, num_hooks = builders.outputs(model, inputs), away(model), hooks(model)
     for asks in (True, False):
         readers = () if loaded.residency is None else loaded.residency._filler.readers()
-        reading = {thread for reader in readers for thread in reader._threads}
+        reading = {thread for reader in readers for thread in reader.threads}
         assert loaded.park() > 0
         assert loaded.is_parked
         assert loaded.park() == 0

@@ -28,9 +28,10 @@ from loadstone.errors import InvalidConfig
 from loadstone.events import Observer, Recorder, ignore
 from loadstone.execute.values import States, Streaming
 from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
+from loadstone.hardware.openmp import sleeping_waits
 from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, choose_dtype
-from loadstone.plan.values import Plan
+from loadstone.plan.values import HOST, Plan
 from loadstone.stream import import_files
 from loadstone.stream.host import Ahead
 from loadstone.units import format_bytes, format_count
@@ -234,7 +235,8 @@ def carry_out(request: Request, observer: Observer = ignore) -> nn.Module:
     """Load what a request asks for; see `load`."""
     _check(request)
     with PeakWatch() as watch, paused_gc(), _begun(request, observer) as begun:
-        with begun.recorder.stage("import") as told:
+        to_host = begun.streaming is not None and begun.streaming.device == HOST
+        with begun.recorder.stage("import") as told, sleeping_waits(to_host):
             from loadstone.api.assemble import assemble
 
             told.text = "torch and the model code, while the weights are on their way"

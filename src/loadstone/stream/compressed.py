@@ -100,8 +100,7 @@ class Compressed:
     def prepare(self, memory: Bytes, others: Sequence[Fill]) -> Prepared:
         """What brings all of it, and others, into the memory of the unit.
 
-        What comes from here begins when all reads have, so that the disk never waits for it. What is read may be kept
-        on the way.
+        What is read may be kept on the way.
 
         Args:
             memory: for all of the unit.
@@ -123,9 +122,9 @@ class Compressed:
         fills = [*others, *(self._fill(stretch, memory) for stretch in self._stretches if stretch.kept is None)]
         kept = [(stretch.kept, stretch.place(memory)) for stretch in self._stretches if stretch.kept is not None]
         return Prepared(
-            pieces=(*spans_of(fills), *(_Expansion(compressed, place) for compressed, place in kept)),
+            pieces=tuple(spans_of(fills)),
             total_bytes=sum(fill.nbytes for fill in fills),
-            beside_bytes=sum(place.size for _, place in kept),
+            kept=tuple(_Expansion(compressed, place) for compressed, place in kept),
         )
 
     def _fill(self, stretch: _Stretch, memory: Bytes) -> Fill:

@@ -8,21 +8,22 @@ to whoever waits for it.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loadstone.events import NO_TRACE, BytesMoved, Observer, Tracer, ignore
+from loadstone.hardware.memory import num_cores
 from loadstone.stream.busy import Busy
+from loadstone.stream.crew import Crew
 from loadstone.stream.memory import Bytes, anonymous
 from loadstone.stream.source import OpenFiles, manners_of, staging_bytes
 from loadstone.stream.spans import CHUNK_BYTES, Fill, Piece, Prepared, Staging, spans_of
 
 _TELL_BYTES = 64 << 20
-# How long a thread without work waits for more before it ends.
-_LINGER_S = 1.0
+# The threads that compute come first where they are awake, the ones that expand run while they wait.
+_NICENESS = 10
 
 
 class HostStaging:
@@ -58,25 +59,33 @@ class Batch:
 
     Attributes:
         total_bytes: to be read.
-        work_bytes: the same with what comes from memory.
+        num_kept: pieces that come from memory.
         done_bytes: read and delivered so far.
         files: where it is read from.
         label: what a trace calls it.
     """
 
     def __init__(
-        self, pieces: Iterable[Piece], total_bytes: int, files: OpenFiles, *, beside_bytes: int = 0, close_files: bool
+        self,
+        pieces: Iterable[Piece],
+        total_bytes: int,
+        files: OpenFiles,
+        *,
+        kept: Sequence[Piece] = (),
+        close_files: bool,
     ) -> None:
         self.label = ""
         self.total_bytes = total_bytes
-        self.work_bytes = total_bytes + beside_bytes
+        self.num_kept = len(kept)
         self.done_bytes = 0
         self.files = files
         self._lock = threading.Lock()
         self._pieces: Iterator[Piece] = iter(pieces)
+        self._kept: Iterator[Piece] = iter(kept)
         self._close_files = close_files
         self._num_running = 0
-        self._exhausted = False
+        self._num_open = bool(total_bytes) + bool(kept)
+        self._is_given_up = False
         self._error: BaseException | None = None
         self._over = threading.Event()
         self._begin_s = self._end_s = time.perf_counter()
@@ -108,11 +117,18 @@ class Batch:
         self._over.wait()
 
     def _take(self) -> Piece | None:
-        """The next piece, which must be followed by `_run`; None when there is none left."""
+        """The next piece to be read, which must be followed by `_run`; None, once, when there is none left."""
+        return self._next_of(self._pieces)
+
+    def _take_kept(self) -> Piece | None:
+        """The same of what comes from memory."""
+        return self._next_of(self._kept)
+
+    def _next_of(self, pieces: Iterator[Piece]) -> Piece | None:
         with self._lock:
-            piece = next(self._pieces, None)
+            piece = None if self._is_given_up else next(pieces, None)
             if piece is None:
-                self._exhausted = True
+                self._num_open -= 1
                 self._finish_if_done()
             else:
                 self._num_running += 1
@@ -136,12 +152,11 @@ class Batch:
     def _give_up(self, error: BaseException | None) -> None:
         with self._lock:
             self._error = self._error or error
-            self._pieces = iter(())
-            self._exhausted = True
+            self._is_given_up = True
             self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if self._exhausted and not self._num_running and not self._over.is_set():
+        if (self._is_given_up or not self._num_open) and not self._num_running and not self._over.is_set():
             if self._close_files:
                 self.files.close()
             self._over.set()
@@ -149,13 +164,15 @@ class Batch:
 
 def batch_of(prepared: Prepared, files: OpenFiles, label: str = "") -> Batch:
     """What `Reader.begin` begins; it can be cancelled before."""
-    batch = Batch(prepared.pieces, prepared.total_bytes, files, beside_bytes=prepared.beside_bytes, close_files=False)
+    batch = Batch(prepared.pieces, prepared.total_bytes, files, kept=prepared.kept, close_files=False)
     batch.label = label
     return batch
 
 
 class Reader:
     """Runs batches on threads of its own, which end by themselves when there is nothing to do.
+
+    What is read and what comes from memory have threads each: the disk never waits for the processor.
 
     Args:
         observer: is told of bytes, of all batches together.
@@ -177,14 +194,11 @@ class Reader:
     ) -> None:
         self._observer = observer
         self._stage = stage
-        self._staging = staging
         self._max_threads = num_threads
-        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
-        self._changed = threading.Condition(self._lock)
-        self._queue: list[tuple[int, int, Batch]] = []
+        self._lock = threading.Lock()
         self._serial = itertools.count()
-        self._threads: set[threading.Thread] = set()
-        self._closed = False
+        self._reading = Crew(Batch._take, self._read, staging, name="loadstone-read")
+        self._expanding = Crew(Batch._take_kept, self._expand, staging, name="loadstone-expand", niceness=_NICENESS)
         self._done_bytes = self._told_bytes = self._total_bytes = 0
         self._busy = Busy()
         self.tracer: Tracer = NO_TRACE
@@ -198,6 +212,11 @@ class Reader:
     def busy_s(self) -> float:
         """How long at least one thread was reading."""
         return self._busy.seconds
+
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """Those there are now."""
+        return (*self._reading.threads, *self._expanding.threads)
 
     def submit(self, fills: Sequence[Fill], *, priority: int = 0) -> Batch:
         """Begin to read; returns at once.
@@ -223,59 +242,33 @@ class Reader:
 
     def begin(self, batch: Batch, priority: int = 0) -> Batch:
         """Begin to read a batch that was made before; returns it at once."""
-        wanted = min(self._max_threads or batch.files.num_threads, -(-batch.work_bytes // CHUNK_BYTES) or 1)
+        urgency = priority, next(self._serial)
         with self._lock:
             self._total_bytes += batch.total_bytes
-            heapq.heappush(self._queue, (priority, next(self._serial), batch))
-            while len(self._threads) < wanted:
-                thread = threading.Thread(target=self._work, name="loadstone-read", daemon=True)
-                thread.start()  # first: one that an interrupt kept from starting must not be counted
-                self._threads.add(thread)
-            self._changed.notify_all()
-        if not batch.work_bytes:
+        if batch.total_bytes:
+            wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES))
+            self._reading.begin(batch, urgency, wanted)
+        if batch.num_kept:
+            self._expanding.begin(batch, urgency, min(num_cores(), batch.num_kept))
+        if not batch.total_bytes and not batch.num_kept:
             batch.cancel()
         return batch
 
     def close(self) -> None:
         """Cancel every batch and end the threads; whoever begins another has threads again."""
-        with self._lock:
-            self._closed = True
-            batches, threads = [batch for *_, batch in self._queue], tuple(self._threads)
-            self._queue.clear()
-            self._changed.notify_all()
-        for batch in batches:
-            batch.cancel()
-        for thread in threads:
-            thread.join()
-        self._closed = False
+        self._reading.close(Batch.cancel)
+        self._expanding.close(Batch.cancel)
 
-    def _work(self) -> None:
-        staging = self._staging()
-        while (job := self._next()) is not None:
-            batch, piece = job
-            if piece.nbytes:
-                self._busy.begin()
-            batch._run(piece, staging, self._tell)
-            if piece.nbytes:
-                self._busy.end()
-            del batch, piece, job  # what was delivered must not live on in a thread that waits
+    def _read(self, batch: Batch, piece: Piece, staging: Staging) -> None:
+        self._busy.begin()
+        batch._run(piece, staging, self._tell)
+        self._busy.end()
 
-    def _next(self) -> tuple[Batch, Piece] | None:
-        with self._lock:
-            while True:
-                while self._queue:
-                    batch = self._queue[0][2]
-                    if (piece := batch._take()) is not None:
-                        return batch, piece
-                    heapq.heappop(self._queue)
-                if self._closed or (not self._changed.wait(_LINGER_S) and not self._queue):
-                    self._threads.discard(threading.current_thread())
-                    return None
+    def _expand(self, batch: Batch, piece: Piece, staging: Staging) -> None:
+        batch._run(piece, staging, self._tell_expanded)
 
     def _tell(self, batch: Batch, nbytes: int, begin_s: float) -> None:
-        self.tracer.span("read" if nbytes else "expand", batch.label, begin_s, nbytes)
-        if not nbytes:
-            return
+        self.tracer.span("read", batch.label, begin_s, nbytes)
         with self._lock:
             self._done_bytes += nbytes
             if self._done_bytes - self._told_bytes < _TELL_BYTES and self._done_bytes != self._total_bytes:
@@ -283,3 +276,6 @@ class Reader:
             self._told_bytes = self._done_bytes
             event = BytesMoved(stage=self._stage, done_bytes=self._done_bytes, total_bytes=self._total_bytes)
         self._observer(event)
+
+    def _tell_expanded(self, batch: Batch, nbytes: int, begin_s: float) -> None:
+        self.tracer.span("expand", batch.label, begin_s, nbytes)

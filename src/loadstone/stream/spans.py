@@ -106,14 +106,14 @@ class Prepared:
     """Fills that are read again and again: cut and joined once, from files that stay open.
 
     Attributes:
-        pieces: what is read in one call each, and then what comes from memory.
+        pieces: what is read in one call each.
         total_bytes: that are read.
-        beside_bytes: that come from memory.
+        kept: what comes from memory.
     """
 
     pieces: tuple[Piece, ...]
     total_bytes: int
-    beside_bytes: int = 0
+    kept: tuple[Piece, ...] = ()
 
 
 def prepare(fills: Sequence[Fill]) -> Prepared:
