@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # plans know what is planned for it, and no numpy
     Bytes = NDArray[np.uint8]
 
 # What is planned for a byte; what takes more is better not kept so.
-SHARE = 0.73
+SHARE = 0.722
 # Blosc takes blocks twice as large as it is told, and hardly compresses one that is not full.
 GRAIN_BYTES = 64 << 10
 _PAGE_BYTES = 4096

@@ -194,7 +194,7 @@ def test_a_load_takes_no_more_than_it_says(tmp_path: Path, read_bytes: int | Non
     peak, foretold = watch.peak.anonymous_bytes - before, loadstone.of(model).report.foretold
     done = stats(model)
     assert 4 * (12 << 20) <= done.front_bytes <= 4 * ((12 << 20) + 4096)
-    assert done.compressed_bytes == pytest.approx(0.73 * 4 * (3 << 20), abs=4 * (64 << 10)) if read_bytes else True
+    assert done.compressed_bytes == pytest.approx(0.722 * 4 * (3 << 20), abs=4 * (64 << 10)) if read_bytes else True
     assert done.pass_bytes == pytest.approx(4 * (read_bytes or 4 << 20), abs=4 * (72 << 10))
     assert 0.9 * (done.front_bytes + done.compressed_bytes) < peak <= foretold.anonymous_bytes
     assert foretold.streaming_bytes == done.memory_bytes

@@ -11,10 +11,11 @@ compressed as the disk takes longer than the processor.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from loadstone.compression import kept_bytes, whole_grains
+from loadstone.compression import SHARE, kept_bytes, whole_grains
 from loadstone.plan.values import Unit, UnitKind
 from loadstone.units import round_up
 
@@ -45,8 +46,8 @@ class Split:
     read_bytes: int | None = None
 
 
-# For what goes through the slot of each unit: the most that is read of one where that is the fastest.
-BestRead = Callable[[Sequence[int]], int]
+# The seconds of a run in which so many bytes are expanded, and so many read, in each pass.
+RunSeconds = Callable[[float, float], float]
 
 
 def divided(units: Iterable[Unit], split: Split) -> tuple[Unit, ...]:
@@ -62,9 +63,7 @@ def _divided(unit: Unit, split: Split) -> Unit:
     return replace(unit, front_bytes=front, compressed_bytes=compressed)
 
 
-def splits(
-    units: Sequence[Unit], room_bytes: int, num_slots: int, best_read: BestRead | None = None
-) -> Iterator[Split]:
+def splits(units: Sequence[Unit], room_bytes: int, num_slots: int, run: RunSeconds | None = None) -> Iterator[Split]:
     """Ways to divide units that are worth a try; none where that does not help.
 
     For every size of a unit, where those that are not larger stay whole, and the others fit: the smallest slots; and
@@ -74,7 +73,7 @@ def splits(
         units: those that can be divided.
         room_bytes: for them and the slots.
         num_slots: of the ring.
-        best_read: how much is best; None where nothing can be compressed.
+        run: how long it takes; None where nothing can be compressed.
     """
     sizes = sorted(unit.slot_bytes for unit in units)
     limits = [_LEAST_SLOT_BYTES, *(size for size in dict.fromkeys(sizes) if size > _LEAST_SLOT_BYTES)]
@@ -83,11 +82,11 @@ def splits(
         if len(larger) <= num_slots:
             return
         left = room_bytes - sum(unit.memory_bytes for unit in units if unit.slot_bytes <= limit)
-        yield from _splits(larger, limit, left, num_slots, best_read)
+        yield from _splits(larger, limit, left, num_slots, run)
 
 
 def _splits(
-    larger: Sequence[int], limit: int, left_bytes: int, num_slots: int, best_read: BestRead | None
+    larger: Sequence[int], limit: int, left_bytes: int, num_slots: int, run: RunSeconds | None
 ) -> Iterator[Split]:
     """The same for units that are all larger than a limit, and rise."""
 
@@ -99,14 +98,39 @@ def _splits(
     if not fits(high, high):
         return
     yield Split(slot_bytes=round_up(_least(limit, high, lambda slot: fits(slot, slot)), _PAGE_BYTES))
-    if best_read is not None:
+    if run is not None:
         least = _least(0, high, lambda read: fits(high, read))
-        read = max(least, best_read([min(size, high) for size in larger]))
+        through = [min(size, high) for size in larger]
+        read = _best_read(through, left_bytes - num_slots * high - sum(larger) + sum(through), run, least)
         if read < high:
             yield Split(slot_bytes=high, read_bytes=read)
             slot = round_up(_least(read, high, lambda slot: fits(slot, read)), _PAGE_BYTES)
             if slot < high:  # what room is left makes fronts longer
                 yield Split(slot_bytes=slot, read_bytes=read)
+
+
+def _best_read(through: Sequence[int], room_bytes: int, run: RunSeconds, least: int) -> int:
+    """The most that is read of a unit where a run is the shortest.
+
+    Args:
+        through: what goes through a slot of each unit.
+        room_bytes: for what stays of that; what is left of it keeps some of the units whole.
+        run: how long it takes.
+        least: less does not fit.
+    """
+    counts, total = Counter(through), sum(through)
+
+    def seconds(read: int) -> float:
+        compressed = sum(count * max(0, size - read) for size, count in counts.items())
+        kept = SHARE * compressed
+        comes = 1 - min(1, max(0, room_bytes - kept) / max(1, total - kept))
+        return run(comes * compressed, comes * (total - compressed))
+
+    low, high = least, max(through)
+    while low < high:  # it falls to the best, and rises behind it
+        middle = (low + high) // 2
+        low, high = (low, middle) if seconds(middle) <= seconds(middle + 1) else (middle + 1, high)
+    return low
 
 
 def _kept(size: int, slot_bytes: int, read_bytes: int) -> int:

@@ -10,7 +10,6 @@ holds all that less memory held, and the plan is never slower for having more.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,8 +141,9 @@ def _with_fronts(segment: Segment, units: Sequence[Unit], best: _Choice) -> _Cho
     groups = _grouped(segment, [unit for unit in units if not is_divisible(unit)])
     others = sum(len(group.units) * (group.size if group.rows_bytes is None else group.rows_bytes) for group in groups)
     num_slots = max(_SLOT_COUNTS)
-    best_read = partial(_best_read, segment, best) if segment.compresses else None
-    for split in splits(divisible, segment.room_bytes - others, num_slots, best_read):
+    compute_s = [_compute_s(segment, best.groups, index) for index in range(len(segment.tokens))]
+    run = partial(_divided_run_s, segment, compute_s) if segment.compresses else None
+    for split in splits(divisible, segment.room_bytes - others, num_slots, run):
         choice = _filled(segment, _grouped(segment, divided(units, split)), split.slot_bytes, num_slots)
         if isinstance(choice, _Choice):
             choice.split = split
@@ -322,29 +322,11 @@ def _compute_s(segment: Segment, groups: Iterable[_Group], index: int) -> float:
     return compute
 
 
-def _best_read(segment: Segment, choice: _Choice, through: Sequence[int]) -> int:
-    """The most that is read of a unit where a run is the shortest, if memory is no object.
-
-    Args:
-        segment: the rates.
-        choice: any; computing takes as long in all of them.
-        through: what goes through a slot of each unit.
-    """
-    counts = Counter(through)
-    compute = [_compute_s(segment, choice.groups, index) for index in range(len(segment.tokens))]
-    disk, total = segment.speeds.way(DISK, segment.device)[0], sum(through)
-
-    def seconds(read: int) -> float:
-        compressed = sum(count * max(0, size - read) for size, count in counts.items())
-        expanding, moving = compressed / segment.speeds.expand, (total - compressed) / disk
-        passes = [overlapped_s(one + expanding, moving, max(_SLOT_COUNTS)) for one in compute]
-        return run_s((passes[0], passes[1]), segment.num_passes)
-
-    low, high = 0, max(through)
-    while low < high:  # it falls to the best, and rises behind it
-        middle = (low + high) // 2
-        low, high = (low, middle) if seconds(middle) <= seconds(middle + 1) else (middle + 1, high)
-    return low
+def _divided_run_s(segment: Segment, compute_s: Sequence[float], expanded: float, moved: float) -> float:
+    """A whole run in which so many bytes are expanded and read in each pass, beside computing."""
+    expanding, moving = expanded / segment.speeds.expand, moved / segment.speeds.way(DISK, segment.device)[0]
+    passes = [overlapped_s(one + expanding, moving, max(_SLOT_COUNTS)) for one in compute_s]
+    return run_s((passes[0], passes[1]), segment.num_passes)
 
 
 def _cost(segment: Segment, choice: _Choice) -> tuple[float, float]:
