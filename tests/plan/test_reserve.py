@@ -1,6 +1,7 @@
 """The cache as transformers really allocates it, and the terms of one pass."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from loadstone.plan.facts import Facts, facts_of
 from loadstone.plan.layer_caches import LayerCache
 from loadstone.plan.reserve import (
     FIRST_PASS_BYTES,
+    KERNEL_BYTES,
     Loading,
     Pressure,
     activation_bytes,
@@ -179,6 +181,37 @@ def test_an_allocator_cannot_use_blocks_again_that_a_cache_has_moved_into() -> N
     }
     pressure = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=32)
     assert heap_bytes(facts_of(config), pressure) == int(0.75 * 24 * 512 * 4864 * 4) + FIRST_PASS_BYTES
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "bits", "kinds"),
+    [
+        (64, 8, 16, 22),  # three times sqrt(64 / 4 * 3 / 4) on both sides of the mean, and it
+        (64, 2, 16, 16),  # as many as there are experts in all
+        (1, 8, 16, 1),
+        (64, 8, 32, 0),  # another library
+        (100_000_000, 10_000, 16, 512),  # two products each, as many as are kept
+    ],
+)
+def test_kernels_for_as_many_tokens_as_experts_may_get_are_counted(
+    tokens: int, layers: int, bits: int, kinds: int
+) -> None:
+    config = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    pressure = Pressure(run=Run(context=tokens + 1, prompt_tokens=tokens), dtype_bits=bits)
+    found = facts_of(config)
+    without = heap_bytes(replace(found, num_experts=0), pressure)
+    assert heap_bytes(found, pressure) - without == 2 * kinds * KERNEL_BYTES
 
 
 def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:

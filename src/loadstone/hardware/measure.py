@@ -92,9 +92,12 @@ def measure_machine(machine: Machine, folder: Path, cache: Path) -> Machine:
         )
     with _sample(folder) as path:
         rates = measure_rates(path)
+        measures = {device.id: _measure_device(device) for device in machine.devices}
+        if path is not None and rates.disk_bytes_per_s is not None:  # a rented disk changes within seconds
+            later = _disk_rate(path) or rates.disk_bytes_per_s
+            rates = replace(rates, disk_bytes_per_s=(rates.disk_bytes_per_s + later) / 2)
     if path is not None:  # half of it should not stand for all of it later
         remember_rates(rates, folder, cache)
-    measures = {device.id: _measure_device(device) for device in machine.devices}
     remember_devices(machine, measures, cache)
     return with_measures(replace(machine, rates=rates), measures)
 

@@ -6,6 +6,7 @@ parts run after each other, so the largest of them counts; the residual stream a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ PINNED_SHARE = 0.75
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
 FIRST_PASS_BYTES = 6_000_000
+# What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.65 to 0.8 MB
+# with AVX-512 for bfloat16, 0.15 to 0.7 without. Rows vary where a router sends tokens to experts.
+# Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+KERNEL_BYTES, _MAX_KERNELS = 800_000, 1024
+_EXPERT_PRODUCTS = 2  # gate and up as one, and down
 # Staging buffers of the threads that read, where tensors are cast, and where blocks are decoded.
 CAST_BYTES, DECODE_BYTES = 16_000_000, 64_000_000
 
@@ -126,7 +132,20 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     kept = HEAP_SHARE * (activation_bytes(small) + logits_bytes(small) + cache)
     of_layer = (blocks["attention"], blocks["feed_forward"])
     largest = max((nbytes for nbytes in of_layer if nbytes <= _HEAP_BLOCK_BYTES), default=0)
-    return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + FIRST_PASS_BYTES
+    kernels = KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
+    return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + FIRST_PASS_BYTES + kernels
+
+
+def _kinds_of_rows(facts: Facts, pressure: Pressure) -> int:
+    """How many different numbers of tokens experts get in a pass, in 16 bits, if the router has no favourites.
+
+    They lie within three standard deviations of the mean: the tokens that choose an expert are drawn by chance.
+    """
+    if not facts.num_chosen or not facts.num_experts or pressure.width_bytes >= _FLOAT32_BYTES:
+        return 0
+    share = min(1.0, facts.num_chosen / facts.num_experts)
+    spread = math.ceil(6 * math.sqrt(pressure.tokens * share * (1 - share))) + 1
+    return min(pressure.tokens, facts.num_experts * len(facts.layers), spread)
 
 
 def _blocks(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
