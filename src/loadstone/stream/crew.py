@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -25,7 +26,7 @@ class Crew(Generic[Lot, Item, Tool]):
         work: does one, with what the thread has for it.
         tool: makes that.
         name: of the threads.
-        niceness: how much they give way to other threads, 0 to 19; where the system knows that of threads.
+        niceness: how much they give way to other threads at least, 0 to 19; where the system knows that of threads.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class Crew(Generic[Lot, Item, Tool]):
 
 
 def give_way(niceness: int) -> None:
-    """Have the calling thread run when others do not want to; only Linux knows that of threads, not of processes."""
-    with contextlib.suppress(OSError):
-        if os.uname().sysname == "Linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+    """Have the calling thread give way to others; only Linux knows that of threads, not of processes."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -195,6 +195,7 @@ class Reader:
         self._observer = observer
         self._stage = stage
         self._max_threads = num_threads
+        self._num_cores = num_cores()
         self._lock = threading.Lock()
         self._serial = itertools.count()
         self._reading = Crew(Batch._take, self._read, staging, name="loadstone-read")
@@ -249,7 +250,7 @@ class Reader:
             wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES))
             self._reading.begin(batch, urgency, wanted)
         if batch.num_kept:
-            self._expanding.begin(batch, urgency, min(num_cores(), batch.num_kept))
+            self._expanding.begin(batch, urgency, min(self._num_cores, batch.num_kept))
         if not batch.total_bytes and not batch.num_kept:
             batch.cancel()
         return batch
