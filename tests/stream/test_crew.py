@@ -37,9 +37,9 @@ def test_the_most_urgent_lot_is_worked_off_first() -> None:
     done: list[str] = []
     gate = threading.Event()
     crew = crew_of(done, gate)
-    crew.begin(Lot(["begun"]), (5, 0), 1)
-    crew.begin(Lot(["later", "last"]), (1, 1), 1)
-    crew.begin(Lot(["soon"]), (0, 2), 1)
+    crew.begin(Lot(["begun"]), 5, 1)
+    crew.begin(Lot(["later", "last"]), 1, 1)
+    crew.begin(Lot(["soon"]), 0, 1)
     gate.set()
     while len(done) < 4:
         pass
@@ -54,14 +54,14 @@ def test_closing_cancels_what_waits_and_it_begins_anew() -> None:
     gate = threading.Event()
     crew = crew_of(done, gate)
     lots = [Lot(["a", "b"]), Lot(["c"])]
-    crew.begin(lots[0], (0, 0), 1)
-    crew.begin(lots[1], (0, 1), 1)
+    crew.begin(lots[0], 0, 1)
+    crew.begin(lots[1], 0, 1)
     opener = threading.Timer(0.05, gate.set)
     opener.start()
     crew.close(Lot.cancel)
     assert len(done) <= 1
     assert lots[1].is_cancelled
-    crew.begin(Lot(["d"]), (0, 2), 2)
+    crew.begin(Lot(["d"]), 0, 2)
     while "d" not in done:
         pass
     crew.close(Lot.cancel)
@@ -76,7 +76,7 @@ def test_threads_give_way_and_the_process_does_not() -> None:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     crew: Crew[Lot, str, None] = Crew(Lot.take, work, lambda: None, name="test-crew", niceness=min(19, own + 3))
-    crew.begin(Lot(["a"]), (0, 0), 1)
+    crew.begin(Lot(["a"]), 0, 1)
     while not seen:
         pass
     crew.close(Lot.cancel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import os
 import sys
 import threading
@@ -43,7 +44,8 @@ class Crew(Generic[Lot, Item, Tool]):
         self._niceness = niceness
         self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
         self._changed = threading.Condition(self._lock)
-        self._queue: list[tuple[tuple[int, int], Lot]] = []
+        self._queue: list[tuple[int, int, Lot]] = []
+        self._serial = itertools.count()
         self._threads: set[threading.Thread] = set()
         self._closed = False
 
@@ -53,16 +55,16 @@ class Crew(Generic[Lot, Item, Tool]):
         with self._lock:
             return tuple(self._threads)
 
-    def begin(self, lot: Lot, urgency: tuple[int, int], num_threads: int) -> None:
+    def begin(self, lot: Lot, priority: int, num_threads: int) -> None:
         """Have a lot worked off.
 
         Args:
             lot: it.
-            urgency: lower ones come first; no two are the same.
+            priority: lower numbers come first; of equal ones the earlier.
             num_threads: how many there are to be at least.
         """
         with self._lock:
-            heapq.heappush(self._queue, (urgency, lot))
+            heapq.heappush(self._queue, (priority, next(self._serial), lot))
             while len(self._threads) < num_threads:
                 thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 thread.start()  # first: one that an interrupt kept from starting must not be counted
@@ -73,7 +75,7 @@ class Crew(Generic[Lot, Item, Tool]):
         """Cancel every lot and end the threads; whoever begins another has threads again."""
         with self._lock:
             self._closed = True
-            lots, threads = [lot for _, lot in self._queue], tuple(self._threads)
+            lots, threads = [lot for *_, lot in self._queue], tuple(self._threads)
             self._queue.clear()
             self._changed.notify_all()
         for lot in lots:
@@ -95,7 +97,7 @@ class Crew(Generic[Lot, Item, Tool]):
         with self._lock:
             while True:
                 while self._queue:
-                    lot = self._queue[0][1]
+                    lot = self._queue[0][2]
                     if (item := self._take(lot)) is not None:
                         return lot, item
                     heapq.heappop(self._queue)

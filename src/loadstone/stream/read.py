@@ -8,7 +8,6 @@ to whoever waits for it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +49,7 @@ def read_now(prepared: Prepared, files: OpenFiles, staging: Staging) -> None:
         TruncatedFile: a file ended early.
         UnreadableFile: a file could not be read.
     """
-    for piece in prepared.pieces:
+    for piece in (*prepared.pieces, *prepared.kept):
         piece.deliver(files, staging)
 
 
@@ -197,7 +196,6 @@ class Reader:
         self._max_threads = num_threads
         self._num_cores = num_cores()
         self._lock = threading.Lock()
-        self._serial = itertools.count()
         self._reading = Crew(Batch._take, self._read, staging, name="loadstone-read")
         self._expanding = Crew(Batch._take_kept, self._expand, staging, name="loadstone-expand", niceness=_NICENESS)
         self._done_bytes = self._told_bytes = self._total_bytes = 0
@@ -243,14 +241,13 @@ class Reader:
 
     def begin(self, batch: Batch, priority: int = 0) -> Batch:
         """Begin to read a batch that was made before; returns it at once."""
-        urgency = priority, next(self._serial)
         with self._lock:
             self._total_bytes += batch.total_bytes
         if batch.total_bytes:
             wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES))
-            self._reading.begin(batch, urgency, wanted)
+            self._reading.begin(batch, priority, wanted)
         if batch.num_kept:
-            self._expanding.begin(batch, urgency, min(self._num_cores, batch.num_kept))
+            self._expanding.begin(batch, priority, min(self._num_cores, batch.num_kept))
         if not batch.total_bytes and not batch.num_kept:
             batch.cancel()
         return batch
