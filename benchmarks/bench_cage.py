@@ -259,7 +259,7 @@ def _told(caged: Caged) -> dict[str, Any]:
 
 def disk_rate(path: Path, num_bytes: int = 1 << 30) -> float:
     """How fast the file can be read past the page cache, by Loadstone's reader with nothing to do on the way."""
-    from loadstone.stream.memory import anonymous
+    from loadstone.hardware.pages import anonymous
     from loadstone.stream.read import Reader
     from loadstone.stream.source import OpenFiles, streaming_manners
     from loadstone.stream.spans import Fill, prepare

@@ -34,9 +34,9 @@ import make_checkpoint
 from loadstone.api.pause import paused_gc
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.events import ignore
+from loadstone.hardware.pages import anonymous
 from loadstone.stream.host import Ahead
 from loadstone.stream.materialize import as_tensor
-from loadstone.stream.memory import anonymous
 from loadstone.stream.read import Reader
 from loadstone.stream.spans import Fill
 

@@ -13,8 +13,8 @@ from torch import nn
 import loadstone
 from loadstone.checkpoint.excerpt import Excerpt
 from loadstone.checkpoint.open import open_checkpoint
+from loadstone.hardware.pages import Bytes
 from loadstone.stream import host, prefault
-from loadstone.stream.memory import Bytes
 
 WIDTH = 256
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import builders
 import loadstone
-from loadstone.stream.memory import PAGE_BYTES
+from loadstone.hardware.pages import PAGE_BYTES
 
 __all__ = ["folders", "quiet"]  # fixtures
 

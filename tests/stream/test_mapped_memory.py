@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loadstone.hardware.pages import PAGE_BYTES
 from loadstone.stream import memory
-from loadstone.stream.memory import PAGE_BYTES, Gatherer, map_file
+from loadstone.stream.memory import Gatherer, map_file
 
 WORDS = np.random.default_rng(0).integers(0, 1 << 16, (60, 70), np.uint16)
 VIEWS = {

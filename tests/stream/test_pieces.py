@@ -24,9 +24,10 @@ from loadstone.architecture.keymap import Assignment, Part
 from loadstone.checkpoint.gguf import read_gguf
 from loadstone.checkpoint.torch_pickle import read_torch_pickle
 from loadstone.checkpoint.write import NewTensor, plan_shards
+from loadstone.hardware.pages import anonymous
 from loadstone.stream.dequantize import dequantize
 from loadstone.stream.host import FileMaps
-from loadstone.stream.memory import Gatherer, anonymous
+from loadstone.stream.memory import Gatherer
 from loadstone.stream.pieces import Room, pieces_of
 from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT

@@ -23,10 +23,11 @@ from loadstone.architecture.keymap import Assignment, Part, Target
 from loadstone.checkpoint.files import open_regular
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import FileChanged, TruncatedFile
+from loadstone.hardware.pages import anonymous
 from loadstone.stream.convert import float32_to_bfloat16
 from loadstone.stream.filler import slot_sizes
 from loadstone.stream.from_files import FromFiles
-from loadstone.stream.memory import anonymous, cached_part, map_file
+from loadstone.stream.memory import cached_part, map_file
 from loadstone.stream.read import Reader
 from loadstone.stream.refill import Refill, Wanted, can_refill
 from loadstone.stream.rows import Rows, has_rows

@@ -12,9 +12,9 @@ from test_refill import Files, files, wanted, words
 
 from loadstone.errors import FileChanged
 from loadstone.hardware.memory import resident
+from loadstone.hardware.pages import PAGE_BYTES
 from loadstone.stream.from_files import FromFiles
 from loadstone.stream.fronts import FrontedUnit, SharedSlot, front_bytes
-from loadstone.stream.memory import PAGE_BYTES
 from loadstone.stream.refill import Refill
 from loadstone.stream.staying import Stays
 

@@ -12,8 +12,8 @@ import builders
 import loadstone
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.hardware.fake import FakeLink
+from loadstone.hardware.pages import Bytes
 from loadstone.stream import transfer
-from loadstone.stream.memory import Bytes
 from loadstone.stream.read import HostStaging, Reader, Staging
 from loadstone.stream.transfer import CHUNK_BYTES, LockedStaging, device_fill
 

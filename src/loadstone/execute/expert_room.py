@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from loadstone.checkpoint.files import check_unchanged
 from loadstone.execute.frequency import Frequencies, Item, Shelf
+from loadstone.hardware.pages import Bytes, anonymous, give_back
 from loadstone.stream.entries import Entries
 from loadstone.stream.materialize import torch_dtype
-from loadstone.stream.memory import Bytes, anonymous, give_back
 from loadstone.stream.read import Batch
 from loadstone.stream.rearrange import target_nbytes
 from loadstone.stream.refill import Recipe, Refill

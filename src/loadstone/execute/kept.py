@@ -14,8 +14,8 @@ from torch import nn
 from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.slots import Ring, Slot
 from loadstone.execute.spread import Piece
+from loadstone.hardware.pages import give_back, unmap_clean, whole_pages
 from loadstone.stream.filler import Filler, Filling, Layout
-from loadstone.stream.memory import give_back, unmap_clean, whole_pages
 from loadstone.stream.rows import Table
 
 

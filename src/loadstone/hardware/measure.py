@@ -26,6 +26,7 @@ from loadstone.hardware.measured import (
     with_measures,
 )
 from loadstone.hardware.memory import num_cores
+from loadstone.hardware.pages import Bytes, adjoining
 from loadstone.hardware.spec import Device, Machine, Rates
 from loadstone.hardware.storage import existing_parent
 
@@ -175,9 +176,7 @@ def _read_rate(path: Path, flags: int, num_threads: int, num_looks: int) -> floa
     except OSError:
         return None
     end = time.perf_counter() + _AT_MOST_S
-    buffers = [mmap.mmap(-1, _CHUNK_BYTES) for _ in range(num_threads)]  # page-aligned, as direct reads require
-    for buffer in buffers:
-        buffer.write(bytes(_CHUNK_BYTES))
+    buffers = [adjoining(_CHUNK_BYTES) for _ in range(num_threads)]
     whole = path.stat().st_size // _CHUNK_BYTES * _CHUNK_BYTES
     rates: list[float] = []
     try:
@@ -193,7 +192,7 @@ def _read_rate(path: Path, flags: int, num_threads: int, num_looks: int) -> floa
     return statistics.median(rates) if rates else None
 
 
-def _rate_of_reads(descriptor: int, offsets: Iterable[int], buffers: Sequence[mmap.mmap], end: float) -> float:
+def _rate_of_reads(descriptor: int, offsets: Iterable[int], buffers: Sequence[Bytes], end: float) -> float:
     """A chunk at each offset, a thread for each buffer; less when the time has come.
 
     Raises:
@@ -203,10 +202,10 @@ def _rate_of_reads(descriptor: int, offsets: Iterable[int], buffers: Sequence[mm
     done: list[int] = []
     failed: list[OSError] = []
 
-    def reading(buffer: mmap.mmap) -> None:
+    def reading(buffer: Bytes) -> None:
         for offset in remaining:
             try:
-                done.append(os.preadv(descriptor, [buffer], offset))
+                done.append(os.preadv(descriptor, [buffer.data], offset))
             except OSError as error:
                 failed.append(error)
             if failed or time.perf_counter() > end:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from loadstone.compression import compress, expand, kept_bytes, whole_grains
-from loadstone.stream.memory import Bytes, anonymous
+from loadstone.hardware.pages import Bytes, anonymous
 from loadstone.stream.source import OpenFiles
 from loadstone.stream.spans import CHUNK_BYTES, Fill, Prepared, Staging, spans_of
 

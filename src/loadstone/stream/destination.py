@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from loadstone.stream.memory import anonymous
+from loadstone.hardware.pages import anonymous
 from loadstone.stream.transfer import Link, Moved, NoLink, link_for
 
 

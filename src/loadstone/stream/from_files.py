@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from loadstone.errors import LoadstoneError
+from loadstone.hardware.pages import adjoining, anonymous
 from loadstone.stream.filler import Known, Layout, unknown
 from loadstone.stream.fronts import FrontedUnit, SharedSlot
-from loadstone.stream.memory import anonymous, populate
 from loadstone.stream.read import Batch, Reader
 from loadstone.stream.refill import Refill
 from loadstone.stream.spans import prepare
@@ -59,23 +59,15 @@ class FromFiles:
         return self._refill.recipes[unit].moved_bytes if staying is None else staying.moved_bytes
 
     def slot(self, nbytes: int) -> torch.Tensor:
-        """Page-aligned host memory; a normal tensor also where it is made in inference mode.
-
-        Its pages are found in one go. Where the threads that read find them, each in its own stretch, neighbours come
-        from all over memory, and the disk has to be asked for more and smaller pieces.
-        """
+        """Host memory whose pages adjoin; a normal tensor also where it is made in inference mode."""
         shared = SharedSlot(nbytes) if any(one.front_bytes for one in self._staying.values()) else None
-        if shared is None:
-            slot = self.memory(nbytes)
-            populate(slot.numpy(), write=True)
-        else:
-            with torch.inference_mode(False):
-                slot = torch.from_numpy(shared.data)
+        with torch.inference_mode(False):
+            slot = torch.from_numpy(adjoining(nbytes) if shared is None else shared.data)
         self._slots[slot.data_ptr()] = shared
         return slot
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        """The same, which nothing but one unit is seen in."""
+        """Page-aligned memory for a unit that is to stay."""
         with torch.inference_mode(False):
             return torch.from_numpy(anonymous(nbytes))
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from loadstone.hardware.pages import anonymous
 from loadstone.stream.destination import AtDestination, Destination
 from loadstone.stream.filler import Filling, Known, Layout, unknown
-from loadstone.stream.memory import anonymous
 from loadstone.stream.read import Reader
 from loadstone.stream.refill import Place
 from loadstone.stream.transfer import Moved

@@ -6,12 +6,9 @@ those of its front: the same pages, at other addresses, for as long as the unit 
 
 from __future__ import annotations
 
-import mmap
 import os
 
-import numpy as np
-
-from loadstone.stream.memory import Bytes, anonymous, map_over, whole_pages
+from loadstone.hardware.pages import Bytes, aligned, map_over, shared, whole_pages
 
 
 def front_bytes(nbytes: int, slot_bytes: int) -> int:
@@ -37,9 +34,7 @@ class SharedSlot:
     def __init__(self, nbytes: int) -> None:
         self._descriptor = os.memfd_create("loadstone-slot")
         try:
-            # All pages at once, so that they adjoin in memory; see `FromFiles.slot`.
-            os.posix_fallocate(self._descriptor, 0, whole_pages(nbytes))
-            self.data: Bytes = np.frombuffer(mmap.mmap(self._descriptor, whole_pages(nbytes)), np.uint8)[:nbytes]
+            self.data: Bytes = shared(self._descriptor, whole_pages(nbytes))[:nbytes]
         except BaseException:
             self.close()
             raise
@@ -76,7 +71,8 @@ class FrontedUnit:
 
     def __init__(self, nbytes: int, front: int) -> None:
         # Sparse: what is behind the front is never touched but through a slot.
-        self._whole = anonymous(whole_pages(nbytes), sparse=True)
+        # A huge page of the slot is seen in one step only where one could begin.
+        self._whole = aligned(whole_pages(nbytes), at=front)
         self.data = self._whole[:nbytes]
         self.front_bytes = front
         self.is_there = False

@@ -19,10 +19,11 @@ from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
 from loadstone.errors import TruncatedFile, UnreadableFile
 from loadstone.events import Observer
+from loadstone.hardware.pages import Bytes
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.convert import Kernel, kernel_for, through
 from loadstone.stream.dequantize import dequantize
-from loadstone.stream.memory import TOUCH_BYTES, Arena, Bytes, Toucher, map_file
+from loadstone.stream.memory import TOUCH_BYTES, Arena, Toucher, map_file
 from loadstone.stream.prefault import Prefault, Wait, at_once
 from loadstone.stream.read import Batch, Reader
 from loadstone.stream.spans import Fill

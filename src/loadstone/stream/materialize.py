@@ -16,8 +16,8 @@ from loadstone.architecture.keymap import Assignment, Conversion, KeyMap, Part, 
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.errors import UnsupportedDtype
+from loadstone.hardware.pages import Bytes
 from loadstone.stream.host import Ahead, fill_for
-from loadstone.stream.memory import Bytes
 from loadstone.stream.read import Batch, Reader
 from loadstone.stream.spans import Fill
 from loadstone.stream.transfer import LockedStaging, device_fill, link_for

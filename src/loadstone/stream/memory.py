@@ -1,4 +1,4 @@
-"""Host memory to load into: private maps of files, and fresh anonymous memory. Nothing here knows torch."""
+"""Host memory to load into: private maps of files and what is cached of them, and slabs for small tensors."""
 
 from __future__ import annotations
 
@@ -16,28 +16,17 @@ from numpy.typing import NDArray
 
 from loadstone.checkpoint.files import open_regular
 from loadstone.errors import TruncatedFile
-from loadstone.units import round_up
+from loadstone.hardware.pages import MAP_NORESERVE, PAGE_BYTES, Bytes, advise, anonymous, populate
 
-# From include/uapi/linux/mman.h and asm-generic/mman-common.h; Python's mmap module lacks the last ones.
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_MAP_FIXED = 0x10
-_MADV_POPULATE_READ = 22
-_MADV_POPULATE_WRITE = 23
-PAGE_BYTES = mmap.PAGESIZE
 _SLAB_BYTES = 8 << 20
 _NUM_PROBES = 64
 _ALIGNMENT = 64
 # The most pieces of one call. Source: https://man7.org/linux/man-pages/man2/writev.2.html (IOV_MAX)
 _MAX_PIECES = 1024
 
-Bytes = NDArray[np.uint8]
-
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _libc.writev.restype = ctypes.c_ssize_t
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.mmap.restype = ctypes.c_void_p
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
@@ -62,7 +51,7 @@ def map_file(path: Path) -> Bytes:
             raise TruncatedFile(f"{path}: expected weights, found an empty file; download it again.")
         try:
             mapped = mmap.mmap(
-                file.fd, file.nbytes, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                file.fd, file.nbytes, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
             )
         except OSError:
             # vm.overcommit_memory=2 counts private maps all the same. A shared read-only map never counts.
@@ -84,16 +73,6 @@ def _as_writable(mapped: mmap.mmap) -> Bytes:
     array.owner = mapped
     borrowed: Bytes = array
     return borrowed
-
-
-def populate(array: Bytes, *, write: bool = False) -> None:
-    """Fault in the pages of `array` in one system call; a hint that older kernels ignore.
-
-    Args:
-        array: bytes of a map.
-        write: make them writable, as fresh memory must be, instead of only reading them in.
-    """
-    _advise(array, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
 
 
 TOUCH_BYTES = 2 << 20
@@ -234,13 +213,7 @@ def will_need(array: Bytes) -> None:
     Args:
         array: bytes of a map; the kernel reads at most its readahead window (often 2 MB) for one call.
     """
-    _advise(array, mmap.MADV_WILLNEED)
-
-
-def _advise(array: Bytes, advice: int) -> None:
-    begin = array.ctypes.data
-    aligned = begin - begin % PAGE_BYTES
-    _libc.madvise(aligned, begin + array.nbytes - aligned, advice)
+    advise(array, mmap.MADV_WILLNEED)
 
 
 class Arena:
@@ -262,54 +235,3 @@ class Arena:
                 self._slab = anonymous(_SLAB_BYTES)
             taken, self._slab = self._slab[:nbytes], self._slab[-(-nbytes // _ALIGNMENT) * _ALIGNMENT :]
             return taken
-
-
-def anonymous(nbytes: int, *, sparse: bool = False) -> Bytes:
-    """Fresh zeroed page-aligned memory in a map of its own.
-
-    Args:
-        nbytes: how much.
-        sparse: only a little of it will be touched, so that it may be more than there is.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sparse else 0)
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
-
-
-def map_over(place: Bytes, descriptor: int | None) -> None:
-    """Have other pages be seen in a place, instead of what was there.
-
-    Args:
-        place: whole pages of anonymous memory.
-        descriptor: of a file, whose first bytes are seen and written to; None for nothing, zeros that take no memory.
-
-    Raises:
-        OSError: the system has no more room for maps.
-    """
-    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE if descriptor is None else mmap.MAP_SHARED
-    address, protection = place.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
-    found = _libc.mmap(address, place.size, protection, kind | _MAP_FIXED, -1 if descriptor is None else descriptor, 0)
-    if found != address:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-
-
-def whole_pages(nbytes: int) -> int:
-    """The bytes of the pages that so many bytes take."""
-    return round_up(nbytes, PAGE_BYTES)
-
-
-def give_back(array: Bytes) -> None:
-    """Let the system have the pages of anonymous memory; they read as zeros from now on."""
-    _advise(array, mmap.MADV_DONTNEED)
-
-
-def unmap_clean(address: int, nbytes: int) -> None:
-    """Let the pages of a stretch of a mapped file go that nothing else lies in; whoever touches them gets them anew.
-
-    Args:
-        address: of the stretch, which was not written to.
-        nbytes: of it.
-    """
-    begin, end = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + nbytes) // PAGE_BYTES * PAGE_BYTES
-    if begin < end:
-        _libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)

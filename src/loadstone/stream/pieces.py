@@ -15,9 +15,10 @@ from loadstone.checkpoint.values import TensorInfo
 from loadstone.checkpoint.write import NewTensor, Shard
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
 from loadstone.errors import UnsupportedDtype
+from loadstone.hardware.pages import Bytes, anonymous
 from loadstone.stream.convert import kernel_for
 from loadstone.stream.host import FileMaps, fill_for, lost
-from loadstone.stream.memory import Bytes, Gatherer, anonymous
+from loadstone.stream.memory import Gatherer
 from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT
 from loadstone.stream.spans import Fill

@@ -23,7 +23,8 @@ from pathlib import Path
 from loadstone.errors import TruncatedFile
 from loadstone.events import BytesMoved, Observer
 from loadstone.hardware.memory import num_cores
-from loadstone.stream.memory import TOUCH_BYTES, Bytes, Toucher, is_cached, will_need
+from loadstone.hardware.pages import Bytes
+from loadstone.stream.memory import TOUCH_BYTES, Toucher, is_cached, will_need
 
 _MAX_THREADS = 4
 _TELL_BYTES = 64 << 20

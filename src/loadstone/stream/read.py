@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loadstone.events import NO_TRACE, BytesMoved, Observer, Tracer, ignore
 from loadstone.hardware.memory import num_cores
+from loadstone.hardware.pages import Bytes, anonymous
 from loadstone.stream.busy import Busy
 from loadstone.stream.crew import Crew
-from loadstone.stream.memory import Bytes, anonymous
 from loadstone.stream.source import OpenFiles, manners_of, staging_bytes
 from loadstone.stream.spans import CHUNK_BYTES, Fill, Piece, Prepared, Staging, spans_of
 

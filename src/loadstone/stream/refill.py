@@ -17,9 +17,9 @@ from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
 from loadstone.events import Observer, ignore
+from loadstone.hardware.pages import Bytes
 from loadstone.stream.convert import copy
 from loadstone.stream.host import fill_for
-from loadstone.stream.memory import Bytes
 from loadstone.stream.read import Batch, Reader, batch_of
 from loadstone.stream.rearrange import (
     Rearranged,

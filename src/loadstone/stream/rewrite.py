@@ -24,8 +24,9 @@ from loadstone.checkpoint.values import TensorInfo
 from loadstone.checkpoint.write import Shard
 from loadstone.events import BytesMoved, Observer, ignore
 from loadstone.hardware.memory import num_cores
+from loadstone.hardware.pages import Bytes, anonymous
 from loadstone.stream.host import FileMaps
-from loadstone.stream.memory import Bytes, Gatherer, anonymous
+from loadstone.stream.memory import Gatherer
 from loadstone.stream.pieces import Piece, Room, compose_bytes, gather_bytes, pieces_of
 from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT, staging_bytes

@@ -16,8 +16,8 @@ from loadstone.architecture.keymap import Target
 from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
+from loadstone.hardware.pages import PAGE_BYTES, anonymous, give_back
 from loadstone.stream.host import fill_for
-from loadstone.stream.memory import PAGE_BYTES, anonymous, give_back
 from loadstone.stream.read import HostStaging, read_now
 from loadstone.stream.rearrange import is_rearranged, target_nbytes
 from loadstone.stream.refill import Refill, Wanted

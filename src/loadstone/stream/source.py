@@ -20,8 +20,9 @@ from loadstone.checkpoint.files import check_version, unreadable, version_of
 from loadstone.checkpoint.values import CheckpointFile, FileVersion
 from loadstone.errors import LoadstoneError, TruncatedFile
 from loadstone.hardware.memory import num_cores
+from loadstone.hardware.pages import PAGE_BYTES, Bytes
 from loadstone.hardware.storage import Storage, storages_of
-from loadstone.stream.memory import PAGE_BYTES, Bytes, cached_part, map_file
+from loadstone.stream.memory import cached_part, map_file
 
 # What O_DIRECT asks of offsets, sizes and addresses on nearly every file system is this or less.
 ALIGNMENT = max(4096, PAGE_BYTES)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from loadstone.hardware.pages import Bytes, populate
 from loadstone.stream.convert import copy
-from loadstone.stream.memory import Bytes, populate
 from loadstone.stream.source import ALIGNMENT, OpenFiles
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.

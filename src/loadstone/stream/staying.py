@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from loadstone.compression import can_compress, kept_bytes, whole_grains
 from loadstone.hardware.memory import can_show_pages
+from loadstone.hardware.pages import Bytes
 from loadstone.stream.compressed import Compressed
 from loadstone.stream.fronts import FrontedUnit, front_bytes
-from loadstone.stream.memory import Bytes
 from loadstone.stream.refill import NOWHERE, Recipe
 from loadstone.stream.spans import Fill, Prepared
 

@@ -15,7 +15,7 @@ import torch
 
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES
-from loadstone.stream.memory import Bytes, anonymous, populate
+from loadstone.hardware.pages import Bytes, adjoining, anonymous
 from loadstone.stream.source import staging_bytes
 from loadstone.stream.spans import Fill
 
@@ -153,8 +153,7 @@ class CudaLink:
 
     def locked(self, nbytes: int) -> Bytes:
         """Memory that is registered with the driver; where that is refused, ordinary memory, which is slower."""
-        memory = anonymous(nbytes)
-        populate(memory, write=True)
+        memory = adjoining(nbytes)
         refused = int(_driver().cudaHostRegister(memory.ctypes.data, nbytes, 0))
         if refused:
             _logger.warning("page-locked memory was refused (CUDA error %d); raise `ulimit -l`", refused)
