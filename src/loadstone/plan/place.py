@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from loadstone.plan.cost import moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.cost import likeness, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
 from loadstone.plan.experts import ring_bytes
 from loadstone.plan.fronts import Split, divided, is_divisible, splits
 from loadstone.plan.reserve import NUM_BUFFERS
@@ -24,6 +24,7 @@ from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 # How many sizes of a slot are tried: each makes all larger units resident.
 _MAX_SLOT_SIZES = 12
 _SLOT_COUNTS = (2, 1)
+_HOST_SLOT_COUNTS = (3, 2, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +73,6 @@ class _Choice:
     torn: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
     pass_s: tuple[float, float] = field(default=(0.0, 0.0))
     moving_s: tuple[float, float] = field(default=(0.0, 0.0))
-
-
-def likeness(unit: Unit) -> tuple[object, ...]:
-    """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
-    sizes = (
-        unit.memory_bytes,
-        unit.slot_bytes,
-        unit.stored_bytes,
-        unit.num_parameters,
-        unit.expert_parameters,
-        len(unit.tensors),
-    )
-    return (unit.kind, unit.seen, unit.use_share, unit.front_bytes, unit.compressed_bytes, *sizes)
 
 
 def buffer_bytes(assignments: Iterable[Assignment]) -> int:
@@ -140,17 +128,33 @@ def _with_fronts(segment: Segment, units: Sequence[Unit], best: _Choice) -> _Cho
     divisible = [unit for unit in units if is_divisible(unit)]
     groups = _grouped(segment, [unit for unit in units if not is_divisible(unit)])
     others = sum(len(group.units) * (group.size if group.rows_bytes is None else group.rows_bytes) for group in groups)
-    num_slots = max(_SLOT_COUNTS)
-    compute_s = [_compute_s(segment, best.groups, index) for index in range(len(segment.tokens))]
-    run = partial(_divided_run_s, segment, compute_s) if segment.compresses else None
-    for split in splits(divisible, segment.room_bytes - others, num_slots, run):
-        choice = _filled(segment, _grouped(segment, divided(units, split)), split.slot_bytes, num_slots)
-        if isinstance(choice, _Choice):
-            choice.split = split
-            choice.pass_s, choice.moving_s = _pass_s(segment, choice)
-            if _cost(segment, choice) < _cost(segment, best):
-                best = choice
+    for choice in _fronted(segment, units, divisible, segment.room_bytes - others, best.groups):
+        choice.pass_s, choice.moving_s = _pass_s(segment, choice)
+        if _cost(segment, choice) < _cost(segment, best):
+            best = choice
     return best
+
+
+def _fronted(
+    segment: Segment, units: Sequence[Unit], divisible: Sequence[Unit], room_bytes: int, groups: Sequence[_Group]
+) -> Iterator[_Choice]:
+    """Choices in which the fronts of some units stay.
+
+    Args:
+        segment: the units and the room.
+        units: all of them.
+        divisible: those that can have a front.
+        room_bytes: for them and the slots.
+        groups: all units, of which computing takes a time.
+    """
+    compute_s = [_compute_s(segment, groups, index) for index in range(len(segment.tokens))]
+    for num_slots in _HOST_SLOT_COUNTS[:-1]:
+        run = partial(_divided_run_s, segment, compute_s, num_slots) if segment.compresses else None
+        for split in splits(divisible, room_bytes, num_slots, run):
+            choice = _filled(segment, _grouped(segment, divided(units, split)), split.slot_bytes, num_slots)
+            if isinstance(choice, _Choice):
+                choice.split = split
+                yield choice
 
 
 def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
@@ -160,8 +164,12 @@ def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
         sizes = sorted({group.slot for group in groups if _is_slotted(group)}, reverse=True)
         # The largest ones differ most; the smallest is what fits when nothing else does.
         for size in sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]:
-            for num_slots in _SLOT_COUNTS:
+            for num_slots in _slot_counts(segment):
                 yield size, num_slots
+
+
+def _slot_counts(segment: Segment) -> tuple[int, ...]:
+    return _HOST_SLOT_COUNTS if segment.device == HOST else _SLOT_COUNTS
 
 
 def _is_slotted(group: _Group) -> bool:
@@ -306,8 +314,8 @@ def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tup
             + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))
             for unit, count, near in homes
         )
-        slots = choice.num_slots or max(_SLOT_COUNTS)
-        seconds.append(overlapped_s(compute, moving, slots))
+        slots = choice.num_slots or max(_slot_counts(segment))
+        seconds.append(overlapped_s(compute, moving, slots, segment.device))
         alone.append(moving)
     return (seconds[0], seconds[1]), (alone[0], alone[1])
 
@@ -322,10 +330,12 @@ def _compute_s(segment: Segment, groups: Iterable[_Group], index: int) -> float:
     return compute
 
 
-def _divided_run_s(segment: Segment, compute_s: Sequence[float], expanded: float, moved: float) -> float:
+def _divided_run_s(
+    segment: Segment, compute_s: Sequence[float], num_slots: int, expanded: float, moved: float
+) -> float:
     """A whole run in which so many bytes are expanded and read in each pass, beside computing."""
     expanding, moving = expanded / segment.speeds.expand, moved / segment.speeds.way(DISK, segment.device)[0]
-    passes = [overlapped_s(one + expanding, moving, max(_SLOT_COUNTS)) for one in compute_s]
+    passes = [overlapped_s(one + expanding, moving, num_slots, segment.device) for one in compute_s]
     return run_s((passes[0], passes[1]), segment.num_passes)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loadstone.plan.cost import moved_bytes, overlapped_s, transfer_s, work
+from loadstone.plan.cost import likeness, moved_bytes, overlapped_s, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
-from loadstone.plan.place import likeness
 from loadstone.plan.segment import Assignment
 from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit, UnitKind
 
@@ -166,7 +165,7 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
                     fill_s += brought  # nothing can be computed with the first before it is there
                 moving += count * brought
                 total[way[1]] += count * brought
-        seconds += overlapped_s(computing, moving, layout.num_slots or 2)
+        seconds += overlapped_s(computing, moving, layout.num_slots or 2, device)
         compute_s, moving_s = compute_s + computing, moving_s + moving
     names = ("disk", "link") if moving_s > compute_s else ("compute", "memory")
     return Pass(

@@ -13,8 +13,8 @@ from loadstone.stream.source import ALIGNMENT, OpenFiles
 
 # Large enough to amortise a system call, small enough that staging and source stay in the L2 cache.
 CHUNK_BYTES = 1 << 20
-# What is only moved does not pass through the caches.
-_COPY_CHUNK_BYTES = 16 << 20
+# What is only moved does not pass through the caches; a unit of 24 MB should be read by eight threads all the same.
+_COPY_CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
