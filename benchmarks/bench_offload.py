@@ -21,7 +21,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import mmap
 import os
 import re
 import shutil
@@ -232,21 +231,21 @@ class Stretches:
 
 
 def raw_rate(stretches: Stretches, threads: int, chunk: int, nbytes: int) -> float:
-    """Bytes per second of a plain loop of direct reads, each thread into a buffer of its own."""
+    """Bytes per second of a plain loop of direct reads, each thread into a buffer of its own, of huge pages."""
+    from loadstone.hardware.pages import adjoining  # peers do without Loadstone
+
     blocks = stretches.take(nbytes)
     descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in dict.fromkeys(path for path, _ in blocks)}
     pieces = [(descriptors[path], offset + begin) for path, offset in blocks for begin in range(0, BLOCK_BYTES, chunk)]
-    turn, lock, buffers = iter(pieces), threading.Lock(), [mmap.mmap(-1, chunk) for _ in range(threads)]
-    for buffer in buffers:
-        buffer.write(bytes(chunk))
+    turn, lock, buffers = iter(pieces), threading.Lock(), [adjoining(chunk) for _ in range(threads)]
 
-    def work(buffer: mmap.mmap) -> None:
+    def work(buffer: Any) -> None:
         while True:
             with lock:
                 piece = next(turn, None)
             if piece is None:
                 return
-            os.preadv(piece[0], [buffer], piece[1])
+            os.preadv(piece[0], [buffer.data], piece[1])
 
     workers = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
     begin = time.perf_counter()
