@@ -36,7 +36,7 @@ from typing import Any
 import harness
 import make_checkpoint
 import offload_peers
-from cage import Cage, Caged, NoCage
+from cage import Cage, NoCage
 
 OURS = "loadstone"
 # (geometry, bytes of the group)
@@ -81,7 +81,7 @@ def child(arguments: argparse.Namespace) -> None:
             cache, ids = made.past_key_values, made.logits[:, -1:].argmax(-1)
             found.append(int(ids))
             end = {"at_s": harness.since_process_start(), "read_bytes": read_bytes()}
-            tell(token=number, **begin, **end, **told_raw, **_streamed(model))
+            tell(token=number, **begin, **end, **told_raw, **streamed(model))
     tell(token_ids=found, **raw(), **_planned(model))
 
 
@@ -94,7 +94,7 @@ def _raw_of_paced(arguments: argparse.Namespace) -> Callable[[], dict[str, float
     return lambda: {"raw_bytes_per_s": raw_rate(stretches, threads, chunk, PACE_BYTES)}
 
 
-def _streamed(model: Any) -> dict[str, Any]:
+def streamed(model: Any) -> dict[str, Any]:
     """What Loadstone has streamed so far, where it is Loadstone's model."""
     stats = _known(model)
     stats = None if stats is None else stats.stats()
@@ -135,9 +135,9 @@ def _planned(model: Any) -> dict[str, Any]:
     }
 
 
-def said(caged: Caged) -> list[dict[str, Any]]:
+def said(stdout: str) -> list[dict[str, Any]]:
     """What a child has said."""
-    return [json.loads(line) for line in caged.stdout.splitlines() if re.match(r"\{.*\}$", line)]
+    return [json.loads(line) for line in stdout.splitlines() if re.match(r"\{.*\}$", line)]
 
 
 def told(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def measure(
         "outcome": caged.outcome,
         "peak_bytes": caged.peak_bytes,
         "anonymous_peak_bytes": caged.anonymous_bytes,
-        **(told_paced if paced else told)(said(caged)),
+        **(told_paced if paced else told)(said(caged.stdout)),
     }
     if caged.outcome.startswith("failed"):
         row["error"] = caged.stderr[-1500:]
@@ -313,7 +313,7 @@ def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
         made |= {key: steps, key.removeprefix("every_"): statistics.median(steps)}
     for key in ("loaded_s", "first_token_s"):
         made[key] = statistics.median(row[key] for row in rows)
-    for key in ("peak_bytes", "anonymous_peak_bytes"):
+    for key in {"peak_bytes", "anonymous_peak_bytes"} & made.keys():
         made[key] = max(row[key] for row in rows)
     return made
 
@@ -327,7 +327,7 @@ def beside(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of ours, the mean of before and after, over those of each peer: the median of its runs."""
     ratios: dict[str, list[float]] = {}
     for before, peer, after in zip(runs, runs[1:], runs[2:], strict=False):
-        if before["peer"] == after["peer"] == OURS and "token_s" in peer:
+        if before["peer"] == after["peer"] == OURS and all("token_s" in row for row in (before, peer, after)):
             ratios.setdefault(peer["peer"], []).append((_token_s(before) + _token_s(after)) / 2 / _token_s(peer))
     return {peer: statistics.median(found) for peer, found in ratios.items()}
 

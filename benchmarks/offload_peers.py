@@ -69,6 +69,18 @@ def accelerate_disk(folder: Path, budget: int, scratch: Path, run: dict[str, int
 def diffsynth(folder: Path, budget: int, scratch: Path, run: dict[str, int]) -> Any:
     """DiffSynth-Studio's VRAM management with everything on the disk until it computes."""
     del budget, scratch, run
+    return diffsynth_model(folder, ("disk", "disk"), "cpu")
+
+
+def diffsynth_model(folder: Path, away: tuple[str, Any], device: str, vram_limit: float | None = None) -> Any:
+    """A model under DiffSynth-Studio's VRAM management.
+
+    Args:
+        folder: of the checkpoint.
+        away: the device and the dtype of what does not compute.
+        device: the one that computes, in bfloat16.
+        vram_limit: gigabytes of it up to which weights are kept there.
+    """
     _without_packages("diffsynth", "diffsynth.core")
     import torch
     from diffsynth.core.vram.disk_map import DiskMap
@@ -77,12 +89,22 @@ def diffsynth(folder: Path, budget: int, scratch: Path, run: dict[str, int]) -> 
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    with skip_model_initialization():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
-    paths = [str(path) for path in sorted(folder.glob("*.safetensors"))]
-    disk_map = DiskMap(paths, "cpu", state_dict_converter=lambda names: {**names, **tied})
-    states = {f"{state}_{what}": "disk" for state in ("offload", "onload", "preparing") for what in ("dtype", "device")}
+    disk_map = None
+    if away[0] == "disk":
+        with skip_model_initialization():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+        paths = [str(path) for path in sorted(folder.glob("*.safetensors"))]
+        disk_map = DiskMap(paths, device, state_dict_converter=lambda names: {**names, **tied})
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    states = {
+        f"{state}_{what}": value
+        for state in ("offload", "onload", "preparing")
+        for what, value in zip(("device", "dtype"), away, strict=True)
+    }
+    if vram_limit is not None:  # what is under the limit stays where it computes
+        states |= {"preparing_device": device, "preparing_dtype": torch.bfloat16}
     return enable_vram_management(
         model,
         {
@@ -90,7 +112,8 @@ def diffsynth(folder: Path, budget: int, scratch: Path, run: dict[str, int]) -> 
             torch.nn.Embedding: AutoWrappedModule,
             Qwen2RMSNorm: AutoWrappedModule,
         },
-        vram_config={**states, "computation_dtype": torch.bfloat16, "computation_device": "cpu"},
+        vram_config={**states, "computation_dtype": torch.bfloat16, "computation_device": device},
+        vram_limit=vram_limit,
         disk_map=disk_map,
     )
 
