@@ -222,3 +222,46 @@ def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
     assert heap_bytes(found, short) == int(1.7 * used) + FIRST_PASS_BYTES
     long = Pressure(run=Run(context=10**8, prompt_tokens=10**8), dtype_bits=32)
     assert heap_bytes(found, long) < 10**9 < activation_bytes(terms(found, long))
+
+
+def test_a_block_of_32_mb_goes_back_at_once_a_smaller_one_is_kept() -> None:
+    config = {
+        "model_type": "granitemoe",
+        "architectures": ["GraniteMoeForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 49_155,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 8,
+    }
+    found = facts_of(config)
+    run = Run(context=1024, prompt_tokens=1024)
+    kept, less = (
+        heap_bytes(found, Pressure(run=one, dtype_bits=32)) for one in (run, replace(run, prompt_tokens=1023))
+    )
+    # 8 of 1,024 rows for each token: 32 MB.
+    assert kept < less - 1.5 * terms(found, Pressure(run=run, dtype_bits=32))["attention"]
+
+
+def test_what_an_encoder_had_is_gone_when_the_cache_of_its_decoder_comes() -> None:
+    config = {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_decoder_layers": 12,
+        "num_heads": 12,
+        "vocab_size": 32_128,
+        "is_encoder_decoder": True,
+    }
+    pressure, found = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=32), facts_of(config)
+    allocated, cache = terms(found, pressure), sum(cache_bytes(found, pressure))
+    assert activation_bytes(allocated) < cache
+    states = 512 * 768 * 4
+    live = cache + states + allocated["cache_growth"] + logits_bytes(allocated)
+    assert heap_bytes(found, pressure) == int(1.7 * live) + FIRST_PASS_BYTES

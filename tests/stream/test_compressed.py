@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_refill import Array, Files, as_bfloat16, files, floats, wanted, words
 
-from loadstone.compression import GRAIN_BYTES, SHARE, compress, expand, kept_bytes, whole_grains
+from loadstone.compression import GRAIN_BYTES, SHARE, kept_bytes, whole_grains
+from loadstone.compressor import compress, expand
 from loadstone.errors import FileChanged
 from loadstone.hardware.memory import resident
 from loadstone.stream.from_files import FromFiles

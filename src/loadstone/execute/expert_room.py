@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 
 from loadstone.checkpoint.files import check_unchanged
 from loadstone.execute.frequency import Frequencies, Item, Shelf
-from loadstone.hardware.pages import Bytes, anonymous, give_back
+from loadstone.hardware.pages import Bytes, adjoining, anonymous, give_back
 from loadstone.stream.entries import Entries
 from loadstone.stream.materialize import torch_dtype
 from loadstone.stream.read import Batch
 from loadstone.stream.rearrange import target_nbytes
 from loadstone.stream.refill import Recipe, Refill
 from loadstone.stream.source import ALIGNMENT
+
+# Of slots that are allocated together. A tensor that somebody holds on to keeps all of it.
+_TOGETHER_BYTES = 32 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -268,4 +271,12 @@ class ExpertRoom:
         together = int(np.bincount(self._layer_of[alike]).max())
         count = min(most, max(together, nbytes * most // total))
         shelf = Shelf(count, self._frequencies, self._layer_of)
-        return _Rack(shelf=shelf, slots=[_Slot(data=anonymous(size)) for _ in range(count)])
+        return _Rack(shelf=shelf, slots=[_Slot(data=data) for data in _memory(size, count)])
+
+
+def _memory(size: int, count: int) -> Iterator[Bytes]:
+    """The memory of slots, some of them side by side, so that small ones lie in huge pages too."""
+    most = max(1, _TOGETHER_BYTES // size)
+    for begin in range(0, count, most):
+        together = min(most, count - begin)
+        yield from np.split(adjoining(together * size, touch=False), together)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loadstone.compression import can_compress, compress, expand
+from loadstone.compression import can_compress
+from loadstone.compressor import compress, expand
 from loadstone.hardware.measured import (
     MeasuredDevice,
     known_rates,

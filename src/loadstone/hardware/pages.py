@@ -46,15 +46,20 @@ def anonymous(nbytes: int, *, sparse: bool = False) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
 
 
-def adjoining(nbytes: int) -> Bytes:
-    """Fresh zeroed page-aligned memory, found in one go, in huge pages where the system has some.
+def adjoining(nbytes: int, *, touch: bool = True) -> Bytes:
+    """Fresh zeroed page-aligned memory in huge pages, where the system has some.
 
     Finding them takes longer than small ones where a virtual machine must get them from its host, so this is for
     memory that is read into again and again.
+
+    Args:
+        nbytes: how much.
+        touch: find all of it now, in one go; else when it is used.
     """
     found = aligned(nbytes)
     advise(found[: nbytes // HUGE_BYTES * HUGE_BYTES], _MADV_HUGEPAGE)
-    populate(found, write=True)
+    if touch:
+        populate(found, write=True)
     return found
 
 

@@ -127,11 +127,17 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
         pressure: the largest pass.
     """
     found, blocks = terms(facts, pressure), _blocks(facts, pressure)
-    small = {name: nbytes if blocks[name] <= _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
-    cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes <= 2 * _HEAP_BLOCK_BYTES)
-    kept = HEAP_SHARE * (activation_bytes(small) + logits_bytes(small) + cache)
+    # One of 32 MB takes more, with what malloc notes of it.
+    small = {name: nbytes if blocks[name] < _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
+    cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes < 2 * _HEAP_BLOCK_BYTES)
+    between = activation_bytes(small)
+    if facts.cross_numel and not facts.max_source:
+        # The encoder is done when the cache comes; of all that it had, its last states are left.
+        states = pressure.tokens * facts.width * pressure.width_bytes
+        between = max(between - cache, states + small["cache_growth"])
+    kept = HEAP_SHARE * (between + logits_bytes(small) + cache)
     of_layer = (blocks["attention"], blocks["feed_forward"])
-    largest = max((nbytes for nbytes in of_layer if nbytes <= _HEAP_BLOCK_BYTES), default=0)
+    largest = max((nbytes for nbytes in of_layer if nbytes < _HEAP_BLOCK_BYTES), default=0)
     kernels = KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
     return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + FIRST_PASS_BYTES + kernels
 

@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from loadstone.compression import compress, expand, kept_bytes, whole_grains
+from loadstone.compression import kept_bytes, whole_grains
+from loadstone.compressor import compress, expand
 from loadstone.hardware.pages import Bytes, anonymous
 from loadstone.stream.source import OpenFiles
 from loadstone.stream.spans import CHUNK_BYTES, Fill, Prepared, Staging, spans_of
