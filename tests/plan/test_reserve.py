@@ -16,6 +16,7 @@ from loadstone.plan.reserve import (
     Loading,
     Pressure,
     activation_bytes,
+    beside_cache,
     cache_bytes,
     heap_bytes,
     logits_bytes,
@@ -262,6 +263,9 @@ def test_what_an_encoder_had_is_gone_when_the_cache_of_its_decoder_comes() -> No
     pressure, found = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=32), facts_of(config)
     allocated, cache = terms(found, pressure), sum(cache_bytes(found, pressure))
     assert activation_bytes(allocated) < cache
+    assert beside_cache(found, pressure, allocated, cache) == 512 * 768 * 4 + allocated["cache_growth"]
+    long = activation_bytes(allocated) + 10**6
+    assert beside_cache(found, pressure, {**allocated, "residual": long + cache}, cache) > long
     states = 512 * 768 * 4
     live = cache + states + allocated["cache_growth"] + logits_bytes(allocated)
     assert heap_bytes(found, pressure) == int(1.7 * live) + FIRST_PASS_BYTES

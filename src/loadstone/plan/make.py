@@ -26,6 +26,7 @@ from loadstone.plan.reserve import (
     Loading,
     Pressure,
     activation_bytes,
+    beside_cache,
     cache_bytes,
     heap_bytes,
     logits_bytes,
@@ -156,14 +157,18 @@ class _Planner:
         allocated = terms(facts, pressure)
         ids = {asked.device, HOST}
         devices = tuple(d for d in self.machine.devices if asked.device is None or d.id in ids)
+        caches = cache_bytes(facts, pressure)
+        between = activation_bytes(allocated)
+        if len(devices) == 1:
+            between = beside_cache(facts, pressure, allocated, sum(caches))
         problem = Problem(
             inventory=found,
             devices=devices,
             budgets=budgets(self.machine, asked.max_memory, self.process),
             level_bytes=self.process.level_bytes + self.process.pages_bytes,
-            cache_bytes=cache_by_order(found.units, cache_bytes(facts, pressure)),
+            cache_bytes=cache_by_order(found.units, caches),
             beside=beside_by_order(facts, pressure, found.units),
-            pass_bytes=activation_bytes(allocated) + logits_bytes(allocated),
+            pass_bytes=between + logits_bytes(allocated),
             device_workspace_bytes=DEVICE_WORKSPACE_BYTES,
             heap_bytes=heap_bytes(facts, pressure),
             loading=_loading(found),

@@ -114,6 +114,23 @@ def activation_bytes(found: Mapping[str, int]) -> int:
     return found["residual"] + found["mask"] + found["cache_growth"] + in_turn
 
 
+def beside_cache(facts: Facts, pressure: Pressure, found: Mapping[str, int], cache: int) -> int:
+    """The same on a device that keeps a whole cache.
+
+    An encoder is done when the cache of its decoder comes: of all that it had, its last states are left.
+
+    Args:
+        facts: of the config.
+        pressure: the largest pass.
+        found: `terms`.
+        cache: bytes of the cache.
+    """
+    if not facts.cross_numel or facts.max_source:
+        return activation_bytes(found)
+    states = pressure.tokens * facts.width * pressure.width_bytes
+    return max(activation_bytes(found) - cache, states + found["cache_growth"])
+
+
 def logits_bytes(found: Mapping[str, int]) -> int:
     """What the scores over the vocabulary take, of `terms`."""
     return found["logits"] + found["logits_float32"]
@@ -130,12 +147,7 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     # One of 32 MB takes more, with what malloc notes of it.
     small = {name: nbytes if blocks[name] < _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
     cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes < 2 * _HEAP_BLOCK_BYTES)
-    between = activation_bytes(small)
-    if facts.cross_numel and not facts.max_source:
-        # The encoder is done when the cache comes; of all that it had, its last states are left.
-        states = pressure.tokens * facts.width * pressure.width_bytes
-        between = max(between - cache, states + small["cache_growth"])
-    kept = HEAP_SHARE * (between + logits_bytes(small) + cache)
+    kept = HEAP_SHARE * (beside_cache(facts, pressure, small, cache) + logits_bytes(small) + cache)
     of_layer = (blocks["attention"], blocks["feed_forward"])
     largest = max((nbytes for nbytes in of_layer if nbytes < _HEAP_BLOCK_BYTES), default=0)
     kernels = KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
