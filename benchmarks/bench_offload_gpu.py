@@ -135,10 +135,15 @@ def run_home(home: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def goals(home: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
     """What of the roofline was reached, beside the peers, within the memory, with the same tokens."""
     mine = [row for row in rows if row["peer"] == OURS]
-    same = [row["token_ids"] == rows[0].get("token_ids") for row in rows if "token_ids" in row]
-    tokens = f"{'reached' if all(same) else 'MISSED'}  {home}: {sum(same)} of {len(same)} say the same tokens"
+    expected = rows[0].get("token_ids")
+    same = [row.get("token_ids") == expected for row in mine]
+    others = {row["peer"] for row in rows if row["peer"] != OURS and row.get("token_ids", expected) != expected}
+    tokens = [
+        f"{'reached' if all(same) else 'MISSED'}  {home}: {sum(same)} of {len(same)} runs of ours say the same tokens",
+        *(f"{home}: {peer} says other tokens" for peer in sorted(others)),
+    ]
     if arguments.device == "cpu":
-        return [tokens]
+        return tokens
     if any("token_streamed_bytes" not in row for row in mine) or "token_s" not in rows[0]:
         return [f"MISSED  {home}: ours did not finish, or did not stream"]
     shares = [
@@ -150,7 +155,7 @@ def goals(home: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) 
     if "peak_bytes" in mine[0]:
         peak = max(row["peak_bytes"] for row in mine) / arguments.device_memory
         made.append(harness.verdict(f"{home}: peak / memory of the device", peak, 1.0))
-    return [*made, tokens]
+    return [*made, *tokens]
 
 
 def draw(case: dict[str, Any]) -> None:
