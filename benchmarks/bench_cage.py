@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -214,7 +213,7 @@ def measure(cage: Cage, peer: str, case: str, path: Path, arguments: argparse.Na
     if peer == "loadstone" and arguments.through == "run":
         command = [sys.executable, "-m", "loadstone", "run", str(path), PROMPT, "--json"]
         command += ["--max-new-tokens", str(arguments.tokens), *(["--dtype", "float32"] if case == "float32" else [])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
+    environment = harness.child_environment()
     if harness.can_drop_caches() and not arguments.keep_caches:
         harness.drop_caches()
     else:

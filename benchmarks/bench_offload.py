@@ -18,7 +18,6 @@ reads as much as it needs to tell its rate, and each token is held against the r
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -187,16 +186,14 @@ def measure(
         arguments: of the command line.
         paced: threads and bytes at a time of the plain loop that reads between tokens.
     """
-    package = offload_peers.PACKAGES.get(peer)
-    if package is not None and importlib.util.find_spec(package) is None:
-        print(f"  {peer}: left out, {package} is not installed", file=sys.stderr, flush=True)
+    if harness.is_left_out(peer, offload_peers.PACKAGES.get(peer)):
         return {"peer": peer, "outcome": "not installed"}
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="scratch-") as scratch:
         command = [sys.executable, __file__, "--child", peer, "--path", str(arguments.path), "--scratch", scratch]
         command += ["--budget", str(arguments.budget), "--tokens", str(PACED_TOKENS if paced else arguments.tokens)]
         command += ["--peers-folder", str(arguments.peers_folder)]
         command += ["--paced", *map(str, paced)] if paced else []
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
+        environment = harness.child_environment()
         if harness.can_drop_caches():
             harness.drop_caches()
         caged = cage.run(command, timeout_s=arguments.timeout, environment=environment)
@@ -210,8 +207,7 @@ def measure(
     if caged.outcome.startswith("failed"):
         row["error"] = caged.stderr[-1500:]
         print(row["error"].splitlines()[-1:], file=sys.stderr)
-    figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
-    print(f"  {peer}: {row['outcome']}  {figures}", file=sys.stderr, flush=True)
+    harness.tell_row(peer, row)
     return row
 
 
@@ -318,6 +314,14 @@ def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def by_peer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of each peer as one, in the order in which they came first."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault(row["peer"], []).append(row)
+    return [together(some) for some in runs.values()]
+
+
 def _token_s(row: dict[str, Any]) -> float:
     seconds: float = row["token_s"]
     return seconds
@@ -339,9 +343,6 @@ def goals(case: dict[str, Any]) -> dict[str, Any]:
     if any("token_s" not in row or "plan_streamed_bytes" not in row for row in mine) or not case["paced"]["tokens"]:
         return {"goals": ["MISSED  ours did not finish, or did not stream"]}
     ours, ratios = together(mine), beside(case["runs"])
-    by_peer: dict[str, list[dict[str, Any]]] = {}
-    for row in case["runs"]:
-        by_peer.setdefault(row["peer"], []).append(row)
     rate = case["disk"]["bytes_per_s"]
     kept = case["budget_bytes"] - ours["level_bytes"] - ours["run_bytes"]
     least = max(0, ours["touched_bytes"] - kept)
@@ -373,7 +374,7 @@ def goals(case: dict[str, Any]) -> dict[str, Any]:
         "least_bytes": least,
         "roofline_s": roofline_s,
         "ratios": ratios,
-        "runs": [together(rows) for rows in by_peer.values()],
+        "runs": by_peer(case["runs"]),
         "goals": told_goals,
     }
 

@@ -18,7 +18,6 @@ The second line shows that all of it runs where there is no accelerator; nothing
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -32,7 +31,7 @@ from typing import Any
 import harness
 import make_checkpoint
 import offload_gpu_peers
-from bench_offload import OURS, PROMPT_TOKENS, Stretches, beside, raw_rate, said, streamed, together, told
+from bench_offload import OURS, PROMPT_TOKENS, Stretches, beside, by_peer, raw_rate, said, streamed, told
 
 HOMES = ("cpu", "disk")
 ROOFLINE, BEST_PEER = 0.95, 1.0
@@ -67,15 +66,13 @@ def child(arguments: argparse.Namespace) -> None:
 
 def measure(peer: str, home: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one peer in a process of its own."""
-    package = offload_gpu_peers.PACKAGES.get(peer)
-    if package is not None and importlib.util.find_spec(package) is None:
-        print(f"  {peer}: left out, {package} is not installed", file=sys.stderr, flush=True)
+    if harness.is_left_out(peer, offload_gpu_peers.PACKAGES.get(peer)):
         return {"peer": peer, "outcome": "not installed"}
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="scratch-") as scratch:
         command = [sys.executable, __file__, "--child", peer, "--home", home, "--scratch", scratch]
         command += ["--path", str(arguments.path), "--device", arguments.device, "--tokens", str(arguments.tokens)]
         command += ["--device-memory", str(arguments.device_memory), "--peers-folder", str(arguments.peers_folder)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
+        environment = harness.child_environment()
         if harness.can_drop_caches():
             harness.drop_caches()
         try:
@@ -88,8 +85,7 @@ def measure(peer: str, home: str, arguments: argparse.Namespace) -> dict[str, An
     if done.returncode:
         row["error"] = done.stderr[-1500:]
         print("\n".join(row["error"].splitlines()[-2:]), file=sys.stderr)
-    figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
-    print(f"  {home}, {peer}: {row['outcome']}  {figures}", file=sys.stderr, flush=True)
+    harness.tell_row(f"{home}, {peer}", row)
     return row
 
 
@@ -166,14 +162,10 @@ def draw(case: dict[str, Any]) -> None:
     table = Table(title="weights come from " + ("host memory" if case["home"] == "cpu" else "the disk"))
     for column in ("peer", "outcome", "load s", "prompt s", "s/token", "streamed GB/token", "peak MB"):
         table.add_column(column, justify="left" if column in ("peer", "outcome") else "right")
-    by_peer: dict[str, list[dict[str, Any]]] = {}
-    for row in case["runs"]:
-        by_peer.setdefault(row["peer"], []).append(row)
-    for peer, rows in by_peer.items():
-        row = together(rows)
+    for row in by_peer(case["runs"]):
         seconds = [row.get(key) for key in ("loaded_s", "first_token_s", "token_s")]
         table.add_row(
-            peer,
+            row["peer"],
             row["outcome"],
             *("" if value is None else f"{value:.3f}" for value in seconds),
             f"{row['token_streamed_bytes'] / 1e9:.2f}" if "token_streamed_bytes" in row else "",

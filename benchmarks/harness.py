@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -61,12 +62,31 @@ def warm_caches(paths: Iterable[Path]) -> None:
                 pass
 
 
+def child_environment() -> dict[str, str]:
+    """What a child finds: no network, no bars, and the moment before its start (seconds since the epoch)."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
+
+
+def is_left_out(peer: str, package: str | None) -> bool:
+    """Whether the package that a peer needs is missing, which is said."""
+    missing = package is not None and importlib.util.find_spec(package) is None
+    if missing:
+        print(f"  {peer}: left out, {package} is not installed", file=sys.stderr, flush=True)
+    return missing
+
+
+def tell_row(name: str, row: dict[str, Any]) -> None:
+    """Say what became of a run, with its figures."""
+    figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
+    print(f"  {name}: {row['outcome']}  {figures}", file=sys.stderr, flush=True)
+
+
 def run_child(script: str, *arguments: str) -> dict[str, Any]:
     """Run a script of ours in a fresh process and take the JSON of its last line.
 
     The child finds the moment before its start in BENCH_START (seconds since the epoch).
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "BENCH_START": repr(time.time())}
+    environment = child_environment()
     # Compiled modules are kept, as on a user's machine.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import queue
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from loadstone.hardware.pages import Bytes, anonymous
 
 
 class _Lane:
@@ -88,12 +86,12 @@ class FakeLink:
             self._computation = _Lane("loadstone-fake-compute", _as_function(compute_delay_s))
         self.num_locked_bytes = 0
 
-    def locked(self, nbytes: int) -> NDArray[np.uint8]:
+    def locked(self, nbytes: int) -> Bytes:
         """Ordinary memory."""
         self.num_locked_bytes += nbytes
-        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        return anonymous(nbytes)
 
-    def unlock(self, memory: NDArray[np.uint8]) -> None:
+    def unlock(self, memory: Bytes) -> None:
         """It is ordinary again."""
         self.num_locked_bytes -= memory.nbytes
 

@@ -23,7 +23,8 @@ PINNED_RING_BYTES = 16_000_000
 NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
-# most: 0.3 to 1.7, for one model too, from run to run (benchmarks/bench_plan.py). Blocks above 32 MB go back at once.
+# most: 0.3 to 1.7, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
+# once.
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
 HEAP_SHARE = 1.7
 # And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
