@@ -30,6 +30,7 @@ from loadstone.plan.reserve import (
     cache_bytes,
     heap_bytes,
     logits_bytes,
+    sums_apart,
     terms,
 )
 from loadstone.plan.segment import Missing
@@ -153,7 +154,11 @@ class _Planner:
         dtype = self.choose(asked)
         facts = facts_of(self.checkpoint.config)
         found = inventory(self.checkpoint, facts, dtype.value)
-        pressure = Pressure(run=asked.run, dtype_bits=DTYPES[dtype.value].bits)
+        pressure = Pressure(
+            run=asked.run,
+            dtype_bits=DTYPES[dtype.value].bits,
+            sums_apart=asked.device in (None, HOST) and sums_apart(dtype.value, self.machine.cpu.features),
+        )
         allocated = terms(facts, pressure)
         ids = {asked.device, HOST}
         devices = tuple(d for d in self.machine.devices if asked.device is None or d.id in ids)

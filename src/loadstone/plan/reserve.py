@@ -7,7 +7,7 @@ parts run after each other, so the largest of them counts; the residual stream a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from loadstone.plan.facts import Facts
@@ -22,6 +22,7 @@ PINNED_RING_BYTES = 16_000_000
 # How many units are in page-locked host memory at a time on their way from the disk to one device.
 NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
+_BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
 # most: 0.3 to 1.7, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
 # once.
@@ -33,11 +34,14 @@ PINNED_SHARE = 0.75
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
 FIRST_PASS_BYTES = 6_000_000
-# What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.65 to 0.8 MB
+# What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.57 to 0.60 MB
 # with AVX-512 for bfloat16, 0.15 to 0.7 without. Rows vary where a router sends tokens to experts.
 # Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-KERNEL_BYTES, _MAX_KERNELS = 800_000, 1024
+KERNEL_BYTES, _MAX_KERNELS = 650_000, 1024
 _EXPERT_PRODUCTS = 2  # gate and up as one, and down
+# How far the tokens of experts lie from their mean, of that mean, where a router has favourites: that of 32 experts
+# with random weights sent 6 to 398 tokens to each, 128 on average.
+_FAVOUR = 0.6
 # Staging buffers of the threads that read, where tensors are cast, and where blocks are decoded.
 CAST_BYTES, DECODE_BYTES = 16_000_000, 64_000_000
 
@@ -49,10 +53,13 @@ class Pressure:
     Attributes:
         run: context, batch and prompt.
         dtype_bits: of activations and cache, the model's main dtype.
+        sums_apart: whether products are summed in float32 beside their result, as a host does in bfloat16 without
+            instructions for it (`sums_apart`).
     """
 
     run: Run
     dtype_bits: int
+    sums_apart: bool = False
 
     @property
     def tokens(self) -> int:
@@ -63,6 +70,24 @@ class Pressure:
     def width_bytes(self) -> int:
         """Of one element."""
         return max(1, self.dtype_bits // 8)
+
+    @property
+    def sum_bytes(self) -> int:
+        """Beside each element of a product, while it is computed."""
+        return _FLOAT32_BYTES if self.sums_apart else 0
+
+
+def sums_apart(dtype: str, features: Iterable[str]) -> bool:
+    """Whether a host sums products of a dtype beside their result, in float32.
+
+    Found with torch's profiler and oneDNN told to use fewer instructions: for bfloat16 without instructions for it,
+    for float16 and float32 never.
+
+    Args:
+        dtype: torch's name.
+        features: of the processor, `loadstone.hardware.spec.Cpu.features`.
+    """
+    return dtype == "bfloat16" and _BF16_FEATURES.isdisjoint(features)
 
 
 def cache_bytes(facts: Facts, pressure: Pressure) -> tuple[int, ...]:
@@ -95,9 +120,8 @@ def terms(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
         # RMSNorm.forward: a float32 copy, its square, and the product before it is cast back
         "norm": 3 * tokens * facts.width * _FLOAT32_BYTES,
         "attention": _attention(facts, pressure),
-        # down_proj(act(gate_proj(x)) * up_proj(x)): gate, up, and either their product or, in 16 bits on a CPU, the
-        # float32 sums that aten::mm works in (found with torch's profiler)
-        "feed_forward": (2 * width + _FLOAT32_BYTES) * tokens * facts.inner,
+        # down_proj(act(gate_proj(x)) * up_proj(x)): gate, up, and either their product or the sums of one of them
+        "feed_forward": (2 * width + max(width, pressure.sum_bytes)) * tokens * facts.inner,
         "experts": _experts(facts, pressure),
         # masking_utils.sdpa_mask: bools, made where sequences are padded or windows are narrower than the context
         "mask": _mask(facts, pressure),
@@ -156,15 +180,18 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
 
 
 def _kinds_of_rows(facts: Facts, pressure: Pressure) -> int:
-    """How many different numbers of tokens experts get in a pass, in 16 bits, if the router has no favourites.
+    """How many different numbers of tokens experts get in a pass, in 16 bits.
 
-    They lie within three standard deviations of the mean: the tokens that choose an expert are drawn by chance.
+    The tokens that choose an expert are drawn by chance, and routers have favourites. As many numbers are found as if
+    all within the width of that distribution (2 sqrt(pi) standard deviations) were as likely as each other.
     """
     if not facts.num_chosen or not facts.num_experts or pressure.width_bytes >= _FLOAT32_BYTES:
         return 0
     share = min(1.0, facts.num_chosen / facts.num_experts)
-    spread = math.ceil(6 * math.sqrt(pressure.tokens * share * (1 - share))) + 1
-    return min(pressure.tokens, facts.num_experts * len(facts.layers), spread)
+    mean, chance = pressure.tokens * share, pressure.tokens * share * (1 - share)
+    width = max(1.0, 2 * math.sqrt(math.pi * (chance + (_FAVOUR * mean) ** 2)))
+    num_drawn = facts.num_experts * len(facts.layers)
+    return min(pressure.tokens, num_drawn, math.ceil(-width * math.expm1(-num_drawn / width)))
 
 
 def _blocks(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
@@ -235,9 +262,7 @@ def _experts(facts: Facts, pressure: Pressure) -> int:
         return 0
     chosen = pressure.tokens * facts.num_chosen
     numel = (3 * facts.width + 4 * facts.expert_inner) * pressure.width_bytes
-    # in 16 bits a CPU sums in float32
-    sums = max(facts.width, 2 * facts.expert_inner) * _FLOAT32_BYTES if pressure.width_bytes < _FLOAT32_BYTES else 0
-    return chosen * (numel + sums)
+    return chosen * (numel + max(facts.width, 2 * facts.expert_inner) * pressure.sum_bytes)
 
 
 def has_mask(facts: Facts, pressure: Pressure) -> bool:
