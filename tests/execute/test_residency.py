@@ -87,10 +87,13 @@ def streamed(
     num_slots: int = 2,
     slot_bytes: int = 0,
     read_bytes: int | None = None,
+    slices: dict[str, int] | None = None,
     dtype: str | None = None,
     **more: Any,
 ) -> Any:
-    streaming = Streaming(units=units, num_slots=num_slots, slot_bytes=slot_bytes, read_bytes=read_bytes)
+    streaming = Streaming(
+        units=units, num_slots=num_slots, slot_bytes=slot_bytes, read_bytes=read_bytes, slices=slices or {}
+    )
     return carry_out(Request(source=path, dtype=dtype, streaming=streaming, **more))
 
 

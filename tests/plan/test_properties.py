@@ -11,16 +11,17 @@ from loadstone import compression
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import DoesNotFit
 from loadstone.hardware.spec import Machine, Rates
-from loadstone.plan import cost, fronts, make
+from loadstone.plan import cost, fronts, make, slices
 from loadstone.plan.budget import CONTEXT_BYTES, Process
 from loadstone.plan.cost import simulate, speeds_of, transfer_s, work
 from loadstone.plan.facts import facts_of
 from loadstone.plan.place import run_s
 from loadstone.plan.units import Inventory, inventory
-from loadstone.plan.values import DISK, HOST, Asked, Plan, Run, Unit
+from loadstone.plan.values import DISK, HOST, Asked, Plan, Run, Unit, UnitKind
 
 # What the planner keeps free on the host and on a GPU for these small models, roughly; budgets are drawn around it.
 HOST_FLOOR = 10_000_000
+TOO_LITTLE = 5_000_000
 GPU_FLOOR = CONTEXT_BYTES["cuda"] + 100_000_000
 
 
@@ -28,6 +29,7 @@ GPU_FLOOR = CONTEXT_BYTES["cuda"] + 100_000_000
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models are a thousand times smaller than what stays of units is made for."""
     monkeypatch.setattr(fronts, "_LEAST_SLOT_BYTES", 4096)
+    monkeypatch.setattr(slices, "SLICE_BYTES", (16384, 4096))
     monkeypatch.setattr(compression, "GRAIN_BYTES", 1024)
     monkeypatch.setitem(cost.PIECE_S, "disk", 1e-7)
 
@@ -70,7 +72,7 @@ def placed_units(checkpoint: Checkpoint, plan: Plan) -> dict[str, Unit]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None:
-    num_streaming = num_split = num_fronted = num_compressed = 0
+    num_streaming = num_split = num_fronted = num_compressed = num_sliced = 0
     for _, checkpoint, on, asked in cases(seed, 300):
         plan = planned(checkpoint, on, asked, compresses=seed % 2 > 0)
         if plan is None:
@@ -88,10 +90,14 @@ def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None
             slots = sorted(
                 units[one.unit].slot_bytes - one.front_bytes
                 for one in plan.placements
-                if one.is_streamed and one.compute == device.device and one.kind.value != "embedding"
+                if one.is_streamed
+                and one.compute == device.device
+                and one.kind.value != "embedding"
+                and not one.slice_bytes
             )
+            windows = sum(2 * one.slice_bytes for one in plan.placements if one.compute == device.device)
             # Slot i of the ring is as large as the i-th largest of what goes through it.
-            assert device.reservation.slot_bytes >= sum(slots[-plan.num_slots :]) * (plan.num_slots > 0)
+            assert device.reservation.slot_bytes >= sum(slots[-plan.num_slots :]) * (plan.num_slots > 0) + windows
         fronted = [one for one in plan.placements if one.front_bytes]
         assert all(one.is_streamed and one.compute == HOST and one.front_bytes <= one.home_bytes for one in fronted)
         assert all(units[one.unit].slot_bytes - one.front_bytes == plan.slot_bytes for one in fronted)
@@ -104,6 +110,10 @@ def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None
             for one in compressed
         )
         num_compressed += bool(compressed)
+        sliced = [one for one in plan.placements if one.slice_bytes]
+        assert all(one.is_streamed and one.kind is UnitKind.HEAD and one.compute == HOST for one in sliced)
+        assert all(2 * one.slice_bytes < one.home_bytes == one.moved_bytes for one in sliced)
+        num_sliced += bool(sliced)
         homes = {device.device for device in plan.devices} | {DISK}
         assert {one.home for one in plan.placements} <= homes
         assert asked.offload or not plan.streams
@@ -112,6 +122,7 @@ def test_no_budget_is_exceeded_and_every_tensor_has_one_place(seed: int) -> None
     assert num_streaming > 50
     assert num_split > 20
     assert num_fronted > 3, num_fronted
+    assert num_sliced > 3, num_sliced
     assert seed % 2 == 0 or num_compressed > 3, num_compressed
 
 
@@ -130,7 +141,10 @@ def test_tied_tables_are_one_unit_that_is_wanted_whole() -> None:
 def walk(
     checkpoint: Checkpoint, plan: Plan, on: Machine, streamed: set[str] | None = None
 ) -> list[tuple[float, float]]:
-    """The steps of a decoding pass on the host; with other units streamed where they are given."""
+    """The steps of a decoding pass on the host; with other units streamed where they are given.
+
+    Less a head that comes in slices, which goes through no slot, in this plan and in the others.
+    """
     speeds, units = speeds_of(measured(on), plan.dtype), placed_units(checkpoint, plan)
     if streamed is None:
         units |= {
@@ -146,6 +160,7 @@ def walk(
             transfer_s(units[one.unit], tokens, speeds.way(DISK, HOST)) if one.unit in away else 0.0,
         )
         for one in plan.placements
+        if not one.slice_bytes
     ]
 
 
@@ -198,13 +213,13 @@ def test_more_memory_is_never_slower(seed: int, gpus: int) -> None:
 def test_the_shortfall_is_exactly_what_is_missing() -> None:
     checked = 0
     for _, checkpoint, _, asked in cases(40, 100, gpus=0):
-        on = machine(10_000_000)
+        on = machine(TOO_LITTLE)
         with pytest.raises(DoesNotFit) as caught:
             make.make_plan(checkpoint, on, asked)
         missing = caught.value.shortfall_bytes
         # 5 % of free memory is left alone where no budget is named, so name one.
         for extra, fits in ((0, True), (-1, False)):
-            budget = int(10_000_000 * 0.95) + missing + extra
+            budget = int(TOO_LITTLE * 0.95) + missing + extra
             given = replace(asked, max_memory={HOST: budget})
             assert (planned(checkpoint, machine(10**12), given) is not None) is fits
         checked += 1

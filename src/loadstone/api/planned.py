@@ -215,6 +215,7 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
         in_memory=frozenset(name for name, unit in tensors.items() if away[unit] == HOST != device),
         slot_bytes=plan.slot_bytes,
         read_bytes=plan.read_bytes,
+        slices={one.unit: one.slice_bytes for one in plan.placements if one.is_streamed and one.slice_bytes},
     )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import nn
+from torch.nn import functional
 
-from loadstone.execute.kept import Lookup, Member, Unit
-from loadstone.execute.placeholder import StreamedParameter
+from loadstone.execute.kept import InParts, Lookup, Member, Unit
+from loadstone.execute.placeholder import StreamedParameter, Take
 from loadstone.execute.residency import Residency
+from loadstone.execute.sliced import Sliced
 from loadstone.execute.streamed import Streamed
 from loadstone.stream.filler import Filler
+from loadstone.stream.slices import Slices
 from loadstone.stream.sources import Source
 
 FqnOf = Callable[[nn.Parameter], str | None]
@@ -35,7 +39,7 @@ class _Group:
     """Parameters that come together.
 
     Attributes:
-        entries: the paths of the modules whose forward needs them; none for what is only looked up by rows.
+        entries: the paths of the modules whose forward needs them; none for what only comes in parts.
         order: the number of the module that needs them first.
         fqns: their names.
     """
@@ -68,6 +72,7 @@ class Grouping:
             for fqn, found in self._places.items()
             if any(_looks_up(place) for place in found) and source.has_rows(fqn)
         }
+        self._slices = {fqn: nbytes for fqn, nbytes in streamed.slices.items() if fqn in self._places}
         number = {path: number for number, (path, _) in enumerate(module.named_modules(remove_duplicate=False))}
         self._groups = self._named(number, taken)
 
@@ -78,7 +83,7 @@ class Grouping:
 
     @property
     def tables(self) -> dict[str, list[str]]:
-        """The same for groups that are only looked up by rows."""
+        """The same for groups that only come in parts: rows of tables, slices of heads."""
         return {name: group.fqns for name, group in self._groups.items() if not group.entries}
 
     def units(self, filler: Filler, residency: Residency) -> list[Unit]:
@@ -109,26 +114,43 @@ class Grouping:
             members=tuple(_member(fqn, self._streamed.units[fqn], self._places[fqn]) for fqn in fqns),
             entries=group.entries,
             order=group.order,
-            tables={fqn: Lookup(fqn, partial(self._source.rows, fqn)) for fqn in fqns if fqn in self._by_rows},
         )
         for member in unit.members:
             placeholder = member.placeholder
             placeholder.holder, placeholder.group, placeholder.lender = member.owners[0], name, residency
-            if placeholder.fqn in self._by_rows:
-                placeholder.lookup = partial(residency.look_up, name, placeholder.fqn)
+            unit.in_parts += tuple(self._in_parts(name, member, residency))
         return unit
+
+    def _in_parts(self, unit: str, member: Member, residency: Residency) -> Iterator[InParts]:
+        """What a parameter comes in parts for; its placeholder answers with them."""
+        fqn, placeholder = member.placeholder.fqn, member.placeholder
+        if fqn in self._by_rows:
+            rows = Lookup(fqn, partial(self._source.rows, fqn))
+            placeholder.lookup = partial(_look_up, residency, unit, fqn, rows)
+            yield rows
+        if fqn in self._slices:
+            slices = Sliced(placeholder, self._slices[fqn], partial(self._slices_of, fqn, unit))
+            placeholder.product = partial(_multiply, residency, unit, fqn, slices)
+            yield slices
+
+    def _slices_of(self, fqn: str, unit: str) -> Slices:
+        if self._source.refill is None:
+            raise RuntimeError(f"{fqn}: slices are read from files, and it is in memory")
+        return Slices(self._streamed.wanted[fqn], unit, self._source.refill, self._slices[fqn])
 
     def _named(self, number: Mapping[str, int], taken: Collection[str]) -> dict[str, _Group]:
         """The groups by name, in the order in which the modules that need them are defined."""
-        groups: dict[tuple[str, tuple[str, ...]], _Group] = {}
+        groups: dict[tuple[str, tuple[str, ...], str], _Group] = {}
         for fqn, found in self._places.items():
             unit = self._streamed.units[fqn]
             whole = [place for place in found if not (fqn in self._by_rows and _looks_up(place))]
+            whole = [] if fqn in self._slices else whole
             entries = tuple(dict.fromkeys(_entry(place, unit) for place in whole))
             order = number[entries[0] if entries else found[0].paths[0]]
-            groups.setdefault((unit, entries), _Group(entries, order)).fqns.append(fqn)
+            alone = fqn if fqn in self._slices else ""  # slices are of one matrix
+            groups.setdefault((unit, entries, alone), _Group(entries, order)).fqns.append(fqn)
         named: dict[str, _Group] = {}
-        for (unit, _), group in sorted(groups.items(), key=lambda item: item[1].order):
+        for (unit, *_), group in sorted(groups.items(), key=lambda item: item[1].order):
             named[unit if unit not in named and unit not in taken else group.fqns[0]] = group
         return named
 
@@ -161,6 +183,19 @@ def _places(module: nn.Module, fqn_of: FqnOf) -> Places:
             if fqn is not None:
                 places.setdefault(fqn, []).append(_Place(owner, name, tuple(paths[ident])))
     return places
+
+
+def _look_up(residency: Residency, unit: str, fqn: str, rows: Lookup, ids: torch.Tensor, take: Take) -> torch.Tensor:
+    return residency.use(unit, fqn, take, partial(rows.look_up, ids, take))
+
+
+def _multiply(
+    residency: Residency, unit: str, fqn: str, slices: Sliced, values: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    def whole(matrix: torch.Tensor) -> torch.Tensor:
+        return functional.linear(values, matrix, bias)
+
+    return residency.use(unit, fqn, whole, partial(slices.multiply, values, bias))
 
 
 def _looks_up(place: _Place) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +81,7 @@ class Lookup:
     """
 
     def __init__(self, fqn: str, make: Callable[[], tuple[Table, torch.Tensor]]) -> None:
+        self.memory_bytes = self.pass_bytes = 0
         self._fqn = fqn
         self._make = make
         self._made: tuple[Table, torch.Tensor] | None = None
@@ -115,6 +116,27 @@ class Lookup:
         """Keep no row."""
         self._made = None
 
+    def doubt(self) -> None:
+        """Rows are used as soon as they are there."""
+
+
+class InParts(Protocol):
+    """A parameter that comes in parts while it is not kept: rows, or slices.
+
+    Attributes:
+        memory_bytes: what it takes for as long as it is used so, beside what is dropped after each use.
+        pass_bytes: what one use of all of it reads; 0 where only what is asked for is read.
+    """
+
+    memory_bytes: int
+    pass_bytes: int
+
+    def drop(self) -> None:
+        """Keep nothing of it."""
+
+    def doubt(self) -> None:
+        """Use nothing of what was read and not used yet: a file was another one meanwhile."""
+
 
 class Shelf(Protocol):
     """Where units are while they are not kept, if no file holds them; what fills slots finds them there."""
@@ -135,7 +157,7 @@ class Unit:
         members: its parameters, in the order in which they lie in a slot.
         entries: the paths of the modules whose forward needs it; none for what is only looked up by rows.
         order: its place in the walk.
-        tables: those of its parameters that are looked up by rows, by fqn.
+        in_parts: those of its parameters that come in parts.
         maps: gives its parameters where they lie in their files, where they are used there when they are kept.
         shelf: takes its parameters when it goes, where no file holds them.
         is_kept: it is in memory for good.
@@ -148,7 +170,7 @@ class Unit:
     members: tuple[Member, ...]
     entries: tuple[str, ...]
     order: int
-    tables: dict[str, Lookup] = field(default_factory=dict)
+    in_parts: tuple[InParts, ...] = ()
     maps: Callable[[], list[torch.Tensor]] | None = None
     shelf: Shelf | None = None
     is_kept: bool = False
@@ -332,5 +354,5 @@ class Kept:
         unit.put(found)
         unit.homes = tuple(Home.of(parameter) for parameter in found)
         unit.is_kept = True
-        for table in unit.tables.values():
-            table.drop()
+        for part in unit.in_parts:
+            part.drop()

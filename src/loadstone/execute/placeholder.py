@@ -44,6 +44,7 @@ class Lender(Protocol):
 
 
 Lookup = Callable[[torch.Tensor, Take], torch.Tensor]
+Multiply = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class Entrywise(Protocol):
@@ -62,6 +63,7 @@ class StreamedParameter(nn.Parameter):
         group: the part of the unit that comes at once with it.
         lookup: where its rows can be read one by one: reads those of the given numbers, and gives what is taken from
             the table that then holds them.
+        product: where it comes in slices of its rows: `torch.nn.functional.linear` with it, given values and bias.
         entries: where its entries come one by one, as experts do: who has them.
         lender: has the elements in place while something else than their own module uses them.
         holder: the parameter dict of a module that it stands in, and its name there.
@@ -71,6 +73,7 @@ class StreamedParameter(nn.Parameter):
     unit: str
     group: str
     lookup: Lookup | None
+    product: Multiply | None
     entries: Entrywise | None
     lender: Lender | None
     holder: tuple[dict[str, Any], str]
@@ -81,7 +84,7 @@ class StreamedParameter(nn.Parameter):
             nothing = torch.zeros(1, dtype=like.dtype, device=like.device).expand(like.shape)
             made = torch.Tensor._make_subclass(cls, nothing, like.requires_grad)
         made.fqn, made.unit, made.group = fqn, unit, unit
-        made.lookup, made.entries, made.lender, made.holder = None, None, None, ({}, "")
+        made.lookup, made.product, made.entries, made.lender, made.holder = None, None, None, None, ({}, "")
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -93,7 +96,7 @@ class StreamedParameter(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what can be answered without elements; refuse the rest."""
         kwargs = kwargs or {}
-        found = _looked_up(func, args, kwargs)
+        found = _in_parts(func, args, kwargs)
         if found is not None:
             return found
         name = getattr(func, "__name__", "")
@@ -115,6 +118,15 @@ class StreamedParameter(nn.Parameter):
             f"{first.unit} computes; load the model with more memory, in the dtype and on the device that you want, or "
             "lift its limit with loadstone.of(model).limit(None), to copy, convert, save or change its weights."
         )
+
+
+def _in_parts(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """What can be had of a parameter that comes in parts: products with it, rows of it; None for all else."""
+    if func is functional.linear and not kwargs and len(args) >= 2 and isinstance(args[1], StreamedParameter):
+        matrix = args[1]
+        if matrix.product is not None and not any(isinstance(one, StreamedParameter) for one in (args[0], *args[2:])):
+            return matrix.product(args[0], args[2] if len(args) > 2 else None)
+    return _looked_up(func, args, kwargs)
 
 
 def _looked_up(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:

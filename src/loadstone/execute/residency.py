@@ -57,7 +57,7 @@ class Residency:
         self._hooks = hooks
         self._adopt = adopt
         own = Residency
-        scopes = own.start, own.close, own.change, own.ask, own.look_up, own.lend
+        scopes = own.start, own.close, own.change, own.ask, own.use, own.lend
         self._turn = Turn(self._forget, (function.__code__ for function in scopes))
         self._entered: list[str] = []
         self._closed = False
@@ -103,7 +103,7 @@ class Residency:
     def stats(self) -> StreamStats:
         """What was done so far."""
         states = self._states
-        counted = counted_so_far(self._ring, self._filler, states.room, states.shortage)
+        counted = counted_so_far(self._ring, self._filler, states.room, states.shortage, states.in_parts())
         return replace(counted, passes=self._passes, pass_s=self._meter.seconds)
 
     def close(self) -> None:
@@ -111,6 +111,8 @@ class Residency:
         with self._turn:
             self._closed = True
             self._states.watch.stop()
+            for part in self._states.in_parts():
+                part.drop()
             self._filler.close()
 
     def begin_pass(self, *_: Any) -> None:
@@ -123,7 +125,8 @@ class Residency:
         if self._begin(""):
             self._check_files()
             self._passes += 1
-            self._meter.expect(len(self._ring.units), self._ring.pass_bytes)
+            in_parts = sum(part.pass_bytes for part in self._states.in_parts())
+            self._meter.expect(len(self._ring.units), self._ring.pass_bytes + in_parts)
             self._meter.begin(self._passes, self._ring.streamed_bytes, self._ring.stall_s)
 
     def end_pass(self, *hooked: Any) -> None:
@@ -192,26 +195,26 @@ class Residency:
         self._left(unit, failed=hooked[-1] is None)
         return output
 
-    def look_up(self, unit: str, fqn: str, ids: torch.Tensor, take: Take) -> torch.Tensor:
-        """Read rows of a table, and take what is wanted of them.
+    def use(self, unit: str, fqn: str, whole: Take, partly: Callable[[Ring], torch.Tensor]) -> torch.Tensor:
+        """Compute with a parameter that comes in parts: rows of a table, slices of a head.
 
         Args:
-            unit: the table's.
-            fqn: the table's name.
-            ids: the numbers of the rows.
-            take: called with the table; what it returns must not lie in it.
+            unit: the parameter's.
+            fqn: its name.
+            whole: called with the parameter where it is kept; what it returns must not lie in it.
+            partly: called where it is not, with what counts what is read.
 
         Returns:
-            What `take` returned.
+            What either returned.
         """
         with self._turn:
             self._be_ready()
             if self._units[unit].is_kept:
                 owner, name = next(one for one in self._units[unit].members if one.placeholder.fqn == fqn).owners[0]
                 self._release_hooks()
-                return take(owner[name])
+                return whole(owner[name])
             self._refuse_gradients(fqn)
-            return self._units[unit].tables[fqn].look_up(ids, take, self._ring)
+            return partly(self._ring)
 
     def lend(self, unit: str, work: Callable[[], Any]) -> Any:
         """Have a unit in place while `work` runs, though its module does not compute.
@@ -342,7 +345,7 @@ class Residency:
 
     def _check_files(self) -> None:
         if not self._states.is_whole:
-            self._ring.check(self._filler.check_all)
+            self._states.check_files()
 
     def _relieve(self, error: BaseException | None) -> None:
         """Give memory back where a forward ended because there was too little of it."""

@@ -6,13 +6,13 @@ Whoever uses this has the model's turn, and no forward is under way but for what
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loadstone.errors import StreamedModel
 from loadstone.execute import spread
 from loadstone.execute.expert_room import ExpertRoom
-from loadstone.execute.kept import Kept, Unit
+from loadstone.execute.kept import InParts, Kept, Unit
 from loadstone.execute.pressure import Pressed, Shortage, Watch, asked_for_bytes
 from loadstone.execute.slots import Ring
 from loadstone.stream.filler import Filler
@@ -72,8 +72,8 @@ class States:
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of what stays of units that are streamed."""
-        return sum(self._lasting().values())
+        """The memory of what stays of units that are streamed, and of what comes in parts."""
+        return sum(self._lasting().values()) + sum(part.memory_bytes for part in self.in_parts())
 
     def adopt(self, adopted: Adopted) -> None:
         """Know what was loaded to stay."""
@@ -144,6 +144,7 @@ class States:
         pieces = [self._as_woken(piece) for piece in self._kept.pieces()]
         known = {piece.name for piece in pieces}
         fixed = sum(unit.nbytes for unit in self.units.values() if unit.name not in known)
+        fixed += sum(part.memory_bytes for unit in self.units.values() for part in unit.in_parts)
         fixed += self._adopted.fixed_bytes + (self.room.counts.room_bytes if self.room is not None else 0)
         least = fixed + spread.least_bytes(pieces, self._num_slots)
         if limit_bytes is not None and limit_bytes < least:
@@ -223,11 +224,30 @@ class States:
             return
         self.watch.stop()
         for unit in self.units.values():
-            for table in unit.tables.values():
-                table.drop()
+            for part in unit.in_parts:
+                part.drop()
         if self.room is not None:
             self.room.rest()
         self._filler.rest(leaves_memory=leaves_memory)
+
+    def in_parts(self) -> Iterator[InParts]:
+        """What comes in parts now."""
+        for unit in self.units.values():
+            if not unit.is_kept:
+                yield from unit.in_parts
+
+    def check_files(self) -> None:
+        """Check all files; what was read ahead of wrong ones is used no more.
+
+        Raises:
+            LoadstoneError: one is not the one whose header was read.
+        """
+        try:
+            self._ring.check(self._filler.check_all)
+        except BaseException:
+            for part in self.in_parts():
+                part.doubt()
+            raise
 
     def _as_woken(self, piece: spread.Piece) -> spread.Piece:
         return piece if self.parked is None else replace(piece, is_kept=piece.name in self.parked)

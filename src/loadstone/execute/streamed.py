@@ -17,6 +17,7 @@ from loadstone.execute.values import Streaming
 from loadstone.plan.values import HOST
 from loadstone.stream.materialize import torch_dtype
 from loadstone.stream.refill import Wanted, can_refill
+from loadstone.stream.slices import can_slice
 from loadstone.stream.transfer import torch_device
 
 
@@ -32,6 +33,7 @@ class Streamed:
         notes: what was to be streamed and is not, and why.
         device: where the module computes.
         experts: those whose entries come one by one.
+        slices: those that come in slices of their rows, by fqn, with the bytes of a slice.
     """
 
     units: dict[str, str] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Streamed:
     notes: list[str] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     experts: Experts = field(default_factory=Experts)
+    slices: dict[str, int] = field(default_factory=dict)
 
     def note_placed(self, module: nn.Module) -> None:
         """Remember which parameters the stand-ins became; for before the module is finished."""
@@ -107,7 +110,16 @@ def choose_streamed(
             chosen.notes.append(f"{fqn} is kept in memory: only torch can convert it")
         else:
             chosen.add(unit, wanted)
+            window_bytes = _window_bytes(wanted, unit, streaming)
+            if window_bytes and can_slice(wanted, checkpoint.tensors, window_bytes):
+                chosen.slices[fqn] = window_bytes
     return chosen
+
+
+def _window_bytes(wanted: Wanted, unit: str, streaming: Streaming) -> int:
+    """How much of a parameter comes at a time; 0 where it comes whole."""
+    names = (streaming.unit_of.get(part.source, unit) for part in wanted.assignment.parts)
+    return max((streaming.slices.get(name, 0) for name in names), default=0)
 
 
 def by_modules(keymap: KeyMap, streaming: Streaming) -> Streaming:

@@ -100,6 +100,8 @@ class Streaming:
         slot_bytes: the most of a unit that goes through a slot, where the host computes: what it has before that stays.
             0 for whole units.
         read_bytes: the most that is read of it: what a slot has before that stays compressed. None for all of it.
+        slices: the units of one matrix that come in slices of its rows, where the host computes, with the bytes of a
+            slice.
     """
 
     units: tuple[str, ...] = ()
@@ -112,6 +114,7 @@ class Streaming:
     in_memory: frozenset[str] = frozenset()
     slot_bytes: int = 0
     read_bytes: int | None = None
+    slices: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +168,7 @@ class StreamStats:
         slot_bytes: the memory of all slots.
         front_bytes: what stays of units that come and go, as it is.
         compressed_bytes: the memory of what stays of them compressed.
+        window_bytes: the memory of slices of heads that come in slices.
         pass_bytes: what one use of every unit reads.
         pass_s: how long all forwards took together.
         read_bytes: read from the files, with what was read ahead and is not used yet.
@@ -196,13 +200,14 @@ class StreamStats:
     room_bytes: int = 0
     front_bytes: int = 0
     compressed_bytes: int = 0
+    window_bytes: int = 0
     disk_bytes_per_s: float | None = None
     given_back_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        """What streaming takes, where the model computes: slots, what stays of units, and the room of experts."""
-        return self.slot_bytes + self.front_bytes + self.compressed_bytes + self.room_bytes
+        """What streaming takes, where the model computes: slots, slices, what stays of units, the room of experts."""
+        return self.slot_bytes + self.window_bytes + self.front_bytes + self.compressed_bytes + self.room_bytes
 
     @property
     def compute_s(self) -> float:

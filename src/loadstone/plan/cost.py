@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from loadstone.dtypes import DTYPES
 from loadstone.hardware.spec import MANY_TOKENS, ComputeRate, Device, Machine
-from loadstone.plan.values import HOST, Unit, UnitKind
+from loadstone.plan.values import HOST, NUM_WINDOWS, Unit, UnitKind
 
 # Rates where none was measured, per kind of device, for 16-bit weights: of a desktop processor with two channels of
 # DDR4, of a mid-range GPU (an RTX 3060: 360 GB/s, 51 TFLOPS), of an Apple M1 Pro (200 GB/s, 5 TFLOPS).
@@ -32,6 +32,8 @@ TYPICAL_COPY_BYTES_PER_S = 8e9
 TYPICAL_EXPAND_BYTES_PER_S = 1.5e9
 # What asking for one piece costs before its first byte comes: a read of its own, a launch.
 PIECE_S = {"disk": 1e-4, "link": 2e-5}
+# Between disk and processor.
+MAX_HOST_SLOTS = 3
 # Measured: taking the pages of a slot away from behind a front, 0.1 s for 3.3 GB.
 _HIDE_BYTES_PER_S = 30e9
 
@@ -237,6 +239,21 @@ def transfer_s(unit: Unit, tokens: int, way: tuple[float, str]) -> float:
     return moved_bytes(unit, tokens) / way[0] + PIECE_S[way[1]] * touched
 
 
+def alone_s(unit: Unit, way: tuple[float, str]) -> float:
+    """The part of that in which nothing else is computed: slices come ahead of their head as far as it has windows."""
+    if not unit.slice_bytes:
+        return 0.0
+    ahead = min(1.0, NUM_WINDOWS * unit.slice_bytes / unit.memory_bytes)
+    return (1 - ahead) * unit.stored_bytes / way[0]
+
+
+def compared_s(unit: Unit, rate: ComputeRate, tokens: int) -> float:
+    """What it takes, once, to find out of each slice of a head whether it gives the bits of the whole."""
+    if not unit.slice_bytes:
+        return 0.0
+    return math.ceil(unit.memory_bytes / unit.slice_bytes) * work(unit, rate, tokens).seconds
+
+
 def likeness(unit: Unit) -> tuple[object, ...]:
     """Everything that the cost of a unit depends on; units for which it is equal are interchangeable."""
     sizes = (
@@ -247,7 +264,8 @@ def likeness(unit: Unit) -> tuple[object, ...]:
         unit.expert_parameters,
         len(unit.tensors),
     )
-    return (unit.kind, unit.seen, unit.use_share, unit.front_bytes, unit.compressed_bytes, *sizes)
+    divided = (unit.front_bytes, unit.compressed_bytes, unit.slice_bytes, unit.table_rows)
+    return (unit.kind, unit.seen, unit.use_share, *divided, *sizes)
 
 
 def overlapped_s(compute_s: float, moving_s: float, num_slots: int, device: str) -> float:
@@ -259,10 +277,11 @@ def overlapped_s(compute_s: float, moving_s: float, num_slots: int, device: str)
     Args:
         compute_s: computing alone.
         moving_s: moving alone.
-        num_slots: between them.
+        num_slots: between them; 0 where nothing goes through slots.
         device: the one that computes.
     """
     slower, faster = max(compute_s, moving_s), min(compute_s, moving_s)
+    num_slots = num_slots or MAX_HOST_SLOTS
     if num_slots < 2:
         return slower + faster
     return slower + faster / num_slots**2 if device == HOST else slower

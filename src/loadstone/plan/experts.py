@@ -26,10 +26,10 @@ def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
     """The memory that streamed units need: the slots of a ring, or the others' slots and one expert beside.
 
     Args:
-        streamed: the units; tables that are looked up by row need no slot.
+        streamed: the units; what is looked up by rows or read in slices needs no slot.
         num_slots: of the ring.
     """
-    slotted = [unit for unit in streamed if unit.kind is not UnitKind.EMBEDDING]
+    slotted = [unit for unit in streamed if unit.is_slotted]
     experts = [unit for unit in slotted if unit.kind is UnitKind.EXPERT]
     others = [unit for unit in slotted if unit.kind is not UnitKind.EXPERT]
     apart = sum(_slot_sizes(others, num_slots)) + _slot_sizes(experts, 1)[0] if experts and others else 0

@@ -30,7 +30,7 @@ _MAX_TRIED = 12
 def is_divisible(unit: Unit) -> bool:
     """Whether a part of a unit can be read by itself: all of it lies in memory as it does in its file."""
     plain = unit.mappable_bytes == unit.memory_bytes == unit.stored_bytes and not unit.rearranged_bytes
-    return plain and unit.kind not in (UnitKind.EMBEDDING, UnitKind.EXPERT)
+    return plain and unit.is_slotted and unit.kind is not UnitKind.EXPERT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

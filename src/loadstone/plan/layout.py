@@ -202,7 +202,7 @@ def _on_accelerators(
     for device, units in segments:
         # A device that shares the host's memory gains nothing from units that live there.
         if not whole and problem.offload:  # whatever of them will come from the disk
-            sizes = [unit.slot_bytes for unit in units if unit.kind is not UnitKind.EMBEDDING]
+            sizes = [unit.slot_bytes for unit in units if unit.is_slotted]
             host_room -= NUM_BUFFERS * max(sizes, default=0)
         if host_room < 0:
             return Missing(nbytes=-host_room)

@@ -232,6 +232,10 @@ def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
                 f"of units of more than {format_bytes(layout.slot_bytes)} the front stays, so that slots are small and "
                 "no room is left over"
             )
+        for one in streamed:
+            if one.unit.slice_bytes:
+                size = format_bytes(one.unit.slice_bytes)
+                yield f"{one.unit.name} comes in slices of {size}, two of which are in memory at a time"
         compressed = sum(one.unit.compressed_bytes for one in streamed)
         if compressed:
             yield (

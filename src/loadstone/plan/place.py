@@ -11,75 +11,29 @@ holds all that less memory held, and the plan is never slower for having more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
-from loadstone.plan.cost import likeness, moved_bytes, overlapped_s, rows_bytes, transfer_s, work
+from loadstone.plan.cost import MAX_HOST_SLOTS, alone_s, compared_s, overlapped_s, transfer_s, work
 from loadstone.plan.experts import ring_bytes
-from loadstone.plan.fronts import Split, divided, is_divisible, splits
+from loadstone.plan.fronts import divided, is_divisible, splits
+from loadstone.plan.groups import Choice, Group, grouped, is_slotted, streamed_groups
 from loadstone.plan.reserve import NUM_BUFFERS
 from loadstone.plan.segment import Assignment, Missing, Placed, Segment
+from loadstone.plan.slices import with_slices
 from loadstone.plan.values import DISK, HOST, Unit, UnitKind
 
 # How many sizes of a slot are tried: each makes all larger units resident.
 _MAX_SLOT_SIZES = 12
 _SLOT_COUNTS = (2, 1)
-_HOST_SLOT_COUNTS = (3, 2, 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
-    """Units that are alike in everything that a choice depends on.
-
-    Attributes:
-        units: in execution order.
-        size: of one in the device's memory.
-        slot: what one takes of the ring.
-        kept: the memory of what stays of one that is streamed.
-        rows_bytes: of a table: the rows of one pass, which is all that must be held of it; None for other units.
-        gain: seconds that a resident byte saves in a decoding pass, then in the pass over the prompt.
-    """
-
-    units: tuple[Unit, ...]
-    size: int
-    slot: int
-    kept: int
-    rows_bytes: int | None
-    gain: tuple[float, float]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Choice:
-    """How many of each group stay.
-
-    Attributes:
-        groups: in the order in which memory is filled.
-        kept: how many of each.
-        num_slots: of the ring.
-        slot_bytes: of one slot.
-        split: how units are divided; None where they come whole.
-        left_bytes: room that is left.
-        torn: a unit of which only some parts stay: its group, the unit, those that do, those that do not.
-        pass_s: a decoding pass, then the pass over the prompt.
-        moving_s: the part of each that moving would take alone.
-    """
-
-    groups: Sequence[_Group]
-    kept: list[int]
-    num_slots: int
-    slot_bytes: int
-    left_bytes: int
-    split: Split | None = None
-    torn: tuple[_Group, Unit, tuple[Unit, ...], tuple[Unit, ...]] | None = None
-    pass_s: tuple[float, float] = field(default=(0.0, 0.0))
-    moving_s: tuple[float, float] = field(default=(0.0, 0.0))
+_HOST_SLOT_COUNTS = (MAX_HOST_SLOTS, 2, 1)
 
 
 def buffer_bytes(assignments: Iterable[Assignment]) -> int:
     """What units need of the host on their way from the disk to accelerators."""
     largest: dict[str, int] = {}
     for one in assignments:
-        if one.home == DISK and one.compute != HOST and one.unit.kind is not UnitKind.EMBEDDING:
+        if one.home == DISK and one.compute != HOST and one.unit.is_slotted:
             largest[one.compute] = max(largest.get(one.compute, 0), one.unit.slot_bytes)
     return NUM_BUFFERS * sum(largest.values())
 
@@ -93,19 +47,22 @@ def place(segment: Segment) -> Placed | Missing:
     Returns:
         The placement whose run is the shortest, or what is missing for any.
     """
-    whole = _grouped(segment, segment.units)
+    whole = grouped(segment, segment.units)
     missing, best = _best(segment, whole, None)
-    if segment.offload and (best is None or any(map(_is_slotted, _streamed_groups(best)))):
+    if segment.offload and (best is None or any(map(is_slotted, streamed_groups(best)))):
         finer = tuple(part for unit in segment.units for part in segment.parts(unit))
-        if len(finer) > len(segment.units):
-            fewer, best = _best(segment, _grouped(segment, finer), best)
-            missing = min(missing, fewer)
-        if best is not None:
-            best = _with_fronts(segment, finer, best)
+        # What is seen at several addresses can be divided further; accelerators have no such memory.
+        shows_pages = segment.device == HOST and segment.fronts
+        for units in (finer, *with_slices(finer)) if shows_pages else (finer,):
+            if len(units) > len(segment.units) or units is not finer:
+                fewer, best = _best(segment, grouped(segment, units), best)
+                missing = min(missing, fewer)
+            if best is not None and shows_pages:
+                best = _with_fronts(segment, units, best)
     return Missing(nbytes=missing) if best is None else _placed(segment, best)
 
 
-def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple[int, _Choice | None]:
+def _best(segment: Segment, groups: list[Group], best: Choice | None) -> tuple[int, Choice | None]:
     """The best of all choices, and the least that those which do not fit are short of."""
     missing = -1
     for slot_bytes, num_slots in _rings(segment, groups):
@@ -119,15 +76,13 @@ def _best(segment: Segment, groups: list[_Group], best: _Choice | None) -> tuple
     return (missing if missing >= 0 else 0), best
 
 
-def _with_fronts(segment: Segment, units: Sequence[Unit], best: _Choice) -> _Choice:
+def _with_fronts(segment: Segment, units: Sequence[Unit], best: Choice) -> Choice:
     """A choice in which the fronts of streamed units stay, where that is better."""
-    if segment.device != HOST or not segment.fronts:
-        return best
-    if not any(is_divisible(group.units[0]) for group in _streamed_groups(best)):
+    if not any(is_divisible(group.units[0]) for group in streamed_groups(best)):
         return best
     divisible = [unit for unit in units if is_divisible(unit)]
-    groups = _grouped(segment, [unit for unit in units if not is_divisible(unit)])
-    others = sum(len(group.units) * (group.size if group.rows_bytes is None else group.rows_bytes) for group in groups)
+    groups = grouped(segment, [unit for unit in units if not is_divisible(unit)])
+    others = sum(len(group.units) * (group.size if group.held_bytes is None else group.held_bytes) for group in groups)
     for choice in _fronted(segment, units, divisible, segment.room_bytes - others, best.groups):
         choice.pass_s, choice.moving_s = _pass_s(segment, choice)
         if _cost(segment, choice) < _cost(segment, best):
@@ -136,8 +91,8 @@ def _with_fronts(segment: Segment, units: Sequence[Unit], best: _Choice) -> _Cho
 
 
 def _fronted(
-    segment: Segment, units: Sequence[Unit], divisible: Sequence[Unit], room_bytes: int, groups: Sequence[_Group]
-) -> Iterator[_Choice]:
+    segment: Segment, units: Sequence[Unit], divisible: Sequence[Unit], room_bytes: int, groups: Sequence[Group]
+) -> Iterator[Choice]:
     """Choices in which the fronts of some units stay.
 
     Args:
@@ -151,17 +106,17 @@ def _fronted(
     for num_slots in _HOST_SLOT_COUNTS[:-1]:
         run = partial(_divided_run_s, segment, compute_s, num_slots) if segment.compresses else None
         for split in splits(divisible, room_bytes, num_slots, run):
-            choice = _filled(segment, _grouped(segment, divided(units, split)), split.slot_bytes, num_slots)
-            if isinstance(choice, _Choice):
+            choice = _filled(segment, grouped(segment, divided(units, split)), split.slot_bytes, num_slots)
+            if isinstance(choice, Choice):
                 choice.split = split
                 yield choice
 
 
-def _rings(segment: Segment, groups: list[_Group]) -> Iterator[tuple[int, int]]:
+def _rings(segment: Segment, groups: list[Group]) -> Iterator[tuple[int, int]]:
     """Slot sizes and counts to try. No slot at all means that everything which needs one stays."""
     yield 0, 0
     if segment.offload:
-        sizes = sorted({group.slot for group in groups if _is_slotted(group)}, reverse=True)
+        sizes = sorted({group.slot for group in groups if is_slotted(group)}, reverse=True)
         # The largest ones differ most; the smallest is what fits when nothing else does.
         for size in sizes[: _MAX_SLOT_SIZES - 1] + sizes[_MAX_SLOT_SIZES - 1 :][-1:]:
             for num_slots in _slot_counts(segment):
@@ -172,73 +127,33 @@ def _slot_counts(segment: Segment) -> tuple[int, ...]:
     return _HOST_SLOT_COUNTS if segment.device == HOST else _SLOT_COUNTS
 
 
-def _is_slotted(group: _Group) -> bool:
-    return group.rows_bytes is None
-
-
-def _streamed_groups(choice: _Choice) -> list[_Group]:
-    return [group for group, kept in zip(choice.groups, choice.kept, strict=True) if kept < len(group.units)]
-
-
-def _grouped(segment: Segment, units: Sequence[Unit]) -> list[_Group]:
-    """Like units together, in the order in which memory is filled: what saves most per byte, then the smallest."""
-    alike: dict[tuple[object, ...], list[Unit]] = {}
-    for unit in units:
-        alike.setdefault(likeness(unit), []).append(unit)
-    groups = [_group(segment, tuple(members)) for members in alike.values()]
-    return sorted(groups, key=lambda group: (tuple(-gain for gain in group.gain), group.size))
-
-
-def _group(segment: Segment, units: tuple[Unit, ...]) -> _Group:
-    unit = units[0]
-    way = segment.speeds.way(DISK, segment.device)
-    size = max(1, unit.memory_bytes)
-    decode, prompt = (moved_bytes(unit, tokens) / way[0] / (size - unit.kept_bytes or 1) for tokens in segment.tokens)
-    is_table = unit.kind is UnitKind.EMBEDDING and segment.offload
-    rows = rows_bytes(unit, max(segment.tokens)) if is_table else None
-    # Rounded, so that units which differ by rounding only are taken by size.
-    gain = (_rounded(decode), _rounded(prompt))
-    return _Group(
-        units=units,
-        size=unit.memory_bytes,
-        slot=unit.slot_bytes,
-        kept=unit.kept_bytes,
-        rows_bytes=rows,
-        gain=gain,
-    )
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-def _filled(segment: Segment, groups: list[_Group], slot_bytes: int, num_slots: int) -> _Choice | int:
+def _filled(segment: Segment, groups: list[Group], slot_bytes: int, num_slots: int) -> Choice | int:
     """Fill the room beside a ring; the bytes that are missing if not even what must stay fits."""
     choice = _filled_beside(segment, groups, (slot_bytes, num_slots), 0)
-    if isinstance(choice, _Choice):
-        kinds = {group.units[0].kind is UnitKind.EXPERT for group in _streamed_groups(choice) if _is_slotted(group)}
+    if isinstance(choice, Choice):
+        kinds = {group.units[0].kind is UnitKind.EXPERT for group in streamed_groups(choice) if is_slotted(group)}
         if len(kinds) < 2:
             return choice
     # Experts have a room apart from the ring.
     return _filled_beside(segment, groups, (slot_bytes, num_slots), _expert_bytes(groups, slot_bytes, num_slots))
 
 
-def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int], expert_bytes: int) -> _Choice | int:
+def _filled_beside(segment: Segment, groups: list[Group], ring: tuple[int, int], expert_bytes: int) -> Choice | int:
     slot_bytes, num_slots = ring
-    required = [_is_slotted(group) and group.slot > slot_bytes for group in groups]
+    required = [is_slotted(group) and group.slot > slot_bytes for group in groups]
     left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
-    left -= sum((group.kept + (group.rows_bytes or 0)) * len(group.units) for group in groups)
+    left -= sum((group.kept + (group.held_bytes or 0)) * len(group.units) for group in groups)
     left -= sum(
         (group.size - group.kept) * len(group.units) for group, must in zip(groups, required, strict=True) if must
     )
     if left < 0:
         return -left
     kept = [len(group.units) if must else 0 for group, must in zip(groups, required, strict=True)]
-    choice = _Choice(groups=groups, kept=kept, num_slots=num_slots, slot_bytes=slot_bytes, left_bytes=left)
+    choice = Choice(groups=groups, kept=kept, num_slots=num_slots, slot_bytes=slot_bytes, left_bytes=left)
     for index, group in enumerate(groups):
         if required[index]:
             continue
-        price = group.size - group.kept - (group.rows_bytes or 0)
+        price = group.size - group.kept - (group.held_bytes or 0)
         fitting = len(group.units) if price <= 0 else min(len(group.units), choice.left_bytes // price)
         kept[index] = fitting
         choice.left_bytes -= fitting * price
@@ -248,18 +163,18 @@ def _filled_beside(segment: Segment, groups: list[_Group], ring: tuple[int, int]
     return choice
 
 
-def _expert_bytes(groups: Sequence[_Group], slot_bytes: int, num_slots: int) -> int:
+def _expert_bytes(groups: Sequence[Group], slot_bytes: int, num_slots: int) -> int:
     """The most that is needed beside the ring where experts and others may be streamed; see `ring_bytes`."""
     largest: dict[bool, int] = {}
     for group in groups:
-        if _is_slotted(group) and group.slot <= slot_bytes:
+        if is_slotted(group) and group.slot <= slot_bytes:
             is_expert = group.units[0].kind is UnitKind.EXPERT
             largest[is_expert] = max(group.slot, largest.get(is_expert, 0))
     apart = num_slots * largest[False] + largest[True] if len(largest) == 2 else 0
     return max(0, apart - num_slots * slot_bytes)
 
 
-def _split_one(segment: Segment, choice: _Choice, index: int) -> None:
+def _split_one(segment: Segment, choice: Choice, index: int) -> None:
     """Keep parts of one of the units that do not fit whole."""
     group = choice.groups[index]
     streamed = spread(len(group.units), choice.kept[index])
@@ -281,7 +196,7 @@ def spread(count: int, kept: int) -> list[int]:
     return [(2 * index + 1) * count // (2 * streamed) for index in range(streamed)]
 
 
-def _streamed(choice: _Choice) -> Iterator[tuple[Unit, int]]:
+def _streamed(choice: Choice) -> Iterator[tuple[Unit, int]]:
     """Streamed units in the order in which host memory is filled, each with how many there are alike."""
     for group, kept in zip(choice.groups, choice.kept, strict=True):
         count = len(group.units) - kept
@@ -293,7 +208,7 @@ def _streamed(choice: _Choice) -> Iterator[tuple[Unit, int]]:
             yield group.units[0], count
 
 
-def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]:
+def _homes(segment: Segment, choice: Choice) -> Iterator[tuple[Unit, int, int]]:
     """The same, with how many of them live in host memory."""
     room = segment.host_room_bytes if segment.device != HOST else 0
     for unit, count in _streamed(choice):
@@ -302,25 +217,27 @@ def _homes(segment: Segment, choice: _Choice) -> Iterator[tuple[Unit, int, int]]
         yield unit, count, fitting
 
 
-def _pass_s(segment: Segment, choice: _Choice) -> tuple[tuple[float, float], tuple[float, float]]:
+def _pass_s(segment: Segment, choice: Choice) -> tuple[tuple[float, float], tuple[float, float]]:
     """Both kinds of pass, and what moving alone would take."""
     homes = list(_homes(segment, choice))
+    waiting = sum(count * alone_s(unit, segment.speeds.way(DISK, segment.device)) for unit, count, _ in homes)
+    rate = segment.speeds.compute[segment.device]
+    comparing = sum(count * compared_s(unit, rate, segment.tokens[0]) for unit, count, _ in homes)
     expanding = sum(count * unit.compressed_bytes for unit, count, _ in homes) / segment.speeds.expand
     seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
-        compute = _compute_s(segment, choice.groups, index) + expanding
+        compute = _compute_s(segment, choice.groups, index) + expanding + (comparing if index else 0.0)
         moving = sum(
             near * transfer_s(unit, tokens, segment.speeds.way(HOST, segment.device))
             + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))
             for unit, count, near in homes
         )
-        slots = choice.num_slots or max(_slot_counts(segment))
-        seconds.append(overlapped_s(compute, moving, slots, segment.device))
+        seconds.append(overlapped_s(compute, moving - waiting, choice.num_slots, segment.device) + waiting)
         alone.append(moving)
     return (seconds[0], seconds[1]), (alone[0], alone[1])
 
 
-def _compute_s(segment: Segment, groups: Iterable[_Group], index: int) -> float:
+def _compute_s(segment: Segment, groups: Iterable[Group], index: int) -> float:
     """Computing with all units in one kind of pass."""
     rate = segment.speeds.compute[segment.device]
     compute = segment.beside[index].seconds(rate)
@@ -339,7 +256,7 @@ def _divided_run_s(
     return run_s((passes[0], passes[1]), segment.num_passes)
 
 
-def _cost(segment: Segment, choice: _Choice) -> tuple[float, float]:
+def _cost(segment: Segment, choice: Choice) -> tuple[float, float]:
     """A run's seconds; of equal ones, what moves less is better: rates are never quite what was measured."""
     return run_s(choice.pass_s, segment.num_passes), run_s(choice.moving_s, segment.num_passes)
 
@@ -351,19 +268,20 @@ def run_s(pass_s: tuple[float, float], num_passes: int) -> float:
 
 def _without_parts(one: Assignment) -> Assignment:
     """What stays whole, without what would have stayed of it otherwise."""
-    if one.home != one.compute or not one.unit.kept_bytes:
+    unit = one.unit
+    if one.home != one.compute or not (unit.kept_bytes or unit.slice_bytes):
         return one
-    return replace(one, unit=replace(one.unit, front_bytes=0, compressed_bytes=0))
+    return replace(one, unit=replace(unit, front_bytes=0, compressed_bytes=0, slice_bytes=0))
 
 
-def _placed(segment: Segment, choice: _Choice) -> Placed:
+def _placed(segment: Segment, choice: Choice) -> Placed:
     near = {id(unit): fitting for unit, _, fitting in _homes(segment, choice)}
     found: list[Assignment] = []
     rows = 0
     for group, kept in zip(choice.groups, choice.kept, strict=True):
         torn = choice.torn if choice.torn is not None and choice.torn[0] is group else None
         away = [group.units[index] for index in spread(len(group.units), kept)]
-        rows += (group.rows_bytes or 0) * len(away)
+        rows += (group.held_bytes or 0) * len(away)
         if torn is not None:
             away.remove(torn[1])
             found += [Assignment(unit=part, home=segment.device, compute=segment.device) for part in torn[2]]
@@ -379,7 +297,7 @@ def _placed(segment: Segment, choice: _Choice) -> Placed:
             for unit in group.units
             if homes.get(unit.name) != ""
         ]
-    away = [one.unit for one in found if one.home != one.compute and one.unit.kind is not UnitKind.EMBEDDING]
+    away = [one.unit for one in found if one.home != one.compute and one.unit.is_slotted]
     found = [_without_parts(one) for one in found]
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loadstone.plan.cost import likeness, moved_bytes, overlapped_s, transfer_s, work
+from loadstone.plan.cost import alone_s, compared_s, likeness, moved_bytes, overlapped_s, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.segment import Assignment
-from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit, UnitKind
+from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit
 
 # By compute device: one of each kind of assignment, in execution order, and how many are like it.
 _Tally = dict[str, list[tuple[Assignment, int]]]
@@ -30,6 +30,7 @@ def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
             mapped=one.home == HOST and _is_mapped(one.unit),
             front_bytes=one.unit.front_bytes,
             compressed_bytes=one.unit.compressed_bytes,
+            slice_bytes=one.unit.slice_bytes,
         )
         for one in layout.assignments
     )
@@ -150,7 +151,7 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
     for device, alike in tally.items():
         rate = speeds.compute[device]
         beside = problem.beside_of(one.unit for one in layout.assignments if one.compute == device)[index]
-        computing, moving = beside.seconds(rate), 0.0
+        computing, moving, waiting = beside.seconds(rate), 0.0, 0.0
         total["memory"] += computing
         for one, count in alike:
             done = work(one.unit, rate, one.unit.num_tokens(problem.tokens, index))
@@ -161,11 +162,14 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
             if one.home != one.compute:
                 way = speeds.way(one.home, device)
                 brought = transfer_s(one.unit, tokens, way)
-                if first and not moving and one.unit.kind is not UnitKind.EMBEDDING:
+                if first and not moving and one.unit.is_slotted:
                     fill_s += brought  # nothing can be computed with the first before it is there
                 moving += count * brought
+                waiting += count * alone_s(one.unit, way)
+                if first:
+                    computing += count * compared_s(one.unit, rate, problem.tokens[0])
                 total[way[1]] += count * brought
-        seconds += overlapped_s(computing, moving, layout.num_slots or 2, device)
+        seconds += overlapped_s(computing, moving - waiting, layout.num_slots, device) + waiting
         compute_s, moving_s = compute_s + computing, moving_s + moving
     names = ("disk", "link") if moving_s > compute_s else ("compute", "memory")
     return Pass(

@@ -313,6 +313,7 @@ def _one(members: list[Unit], is_head: bool) -> Unit:
         order=max(member.order for member in members),
         tensors=tuple(name for member in members for name in member.tensors),
         use_share=1.0 if is_head else first.use_share,
+        table_rows=max((round(1 / one.use_share) for one in members if one.kind is UnitKind.EMBEDDING), default=0),
     )
 
 

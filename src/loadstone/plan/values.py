@@ -10,6 +10,8 @@ from loadstone.compression import kept_bytes
 
 DISK = "disk"
 HOST = "cpu"
+# How many slices of a head are in memory at a time: with the one is computed while the other is read.
+NUM_WINDOWS = 2
 # What disks are read by past the page cache.
 _BLOCK_BYTES = 4096
 
@@ -59,6 +61,9 @@ class Unit:
         expert_share: the part of those that one token touches.
         front_bytes: what stays of it where it is streamed; see `loadstone.plan.fronts`.
         compressed_bytes: what stays of it compressed, behind that.
+        slice_bytes: how much of it is read at a time where it is streamed; 0 where it comes whole. See
+            `loadstone.plan.slices`.
+        table_rows: of a head that is a table too: its rows, of which tokens look some up.
     """
 
     name: str
@@ -77,6 +82,8 @@ class Unit:
     expert_share: float = 1.0
     front_bytes: int = 0
     compressed_bytes: int = 0
+    slice_bytes: int = 0
+    table_rows: int = 0
 
     def num_tokens(self, tokens: tuple[int, int], index: int) -> int:
         """The tokens that it is given in one kind of pass.
@@ -93,6 +100,11 @@ class Unit:
     def kept_bytes(self) -> int:
         """The memory of what stays of it where it is streamed."""
         return self.front_bytes + kept_bytes(self.compressed_bytes)
+
+    @property
+    def is_slotted(self) -> bool:
+        """Whether it goes through a slot where it is streamed, and is not looked up by rows or read in slices."""
+        return self.kind is not UnitKind.EMBEDDING and not self.slice_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -157,6 +169,7 @@ class Placement:
         mapped: whether it is used where it lies in the files: file-backed memory, which the kernel can drop.
         front_bytes: what of it stays in the memory of the compute device though it is streamed.
         compressed_bytes: what of it, behind that, stays there compressed.
+        slice_bytes: how much of it is there at a time, twice, while it is computed with; 0 where it comes whole.
     """
 
     unit: str
@@ -171,6 +184,7 @@ class Placement:
     mapped: bool = False
     front_bytes: int = 0
     compressed_bytes: int = 0
+    slice_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:

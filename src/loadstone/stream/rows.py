@@ -16,7 +16,7 @@ from loadstone.architecture.keymap import Target
 from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
-from loadstone.hardware.pages import PAGE_BYTES, anonymous, give_back
+from loadstone.hardware.pages import PAGE_BYTES, Bytes, anonymous, give_back
 from loadstone.stream.host import fill_for
 from loadstone.stream.read import HostStaging, read_now
 from loadstone.stream.rearrange import is_rearranged, target_nbytes
@@ -39,6 +39,27 @@ def has_rows(wanted: Wanted, tensors: dict[str, TensorInfo] | Any) -> bool:
         return False
     whole_blocks = target.shape[1] % _BLOCK_NUMEL.get(info.encoding or "", 1) == 0
     return whole_blocks and fill_for(info, target.dtype, _NOWHERE, fresh=False) is not None
+
+
+def rows_fill(info: TensorInfo, target: Target, table: Bytes, rows: range) -> Fill:
+    """What reads some rows of a table to where they belong.
+
+    Args:
+        info: the tensor.
+        target: shape and dtype of the table.
+        table: the memory of all of it, shape (nbytes,).
+        rows: their numbers, one after another.
+    """
+    whole = fill_for(info, target.dtype, table, fresh=False)
+    if whole is None:
+        raise ValueError(f"{info.name}: its rows cannot be read one by one")
+    stored, row_bytes = info.nbytes // target.shape[0], nbytes_of(DTYPES[target.dtype], target.shape[1])
+    return replace(
+        whole,
+        offset=info.offset + rows.start * stored,
+        nbytes=len(rows) * stored,
+        destination=table[rows.start * row_bytes : rows.stop * row_bytes],
+    )
 
 
 class Table(Protocol):
@@ -106,7 +127,8 @@ class Rows:
         missing = wanted[~self._present[wanted]]
         if missing.size:
             runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
-            prepared = prepare([self._fill(int(run[0]), int(run[-1]) + 1) for run in runs])
+            stretches = (range(int(run[0]), int(run[-1]) + 1) for run in runs)
+            prepared = prepare([rows_fill(self._info, self.target, self.data, rows) for rows in stretches])
             if len(prepared.pieces) <= _FEW_SPANS:
                 # The reader's threads are in the midst of long reads, which would have to end first.
                 read_now(prepared, self._refill.files, self._staging)
@@ -119,19 +141,6 @@ class Rows:
         except BaseException:
             self._forget()  # the right file may be put back
             raise
-
-    def _fill(self, first: int, end: int) -> Fill:
-        info = self._info
-        whole = fill_for(info, self.target.dtype, self.data, fresh=False)
-        if whole is None:
-            raise ValueError(f"{info.name}: its rows cannot be read one by one")
-        stored = info.nbytes // self.target.shape[0]
-        return replace(
-            whole,
-            offset=info.offset + first * stored,
-            nbytes=(end - first) * stored,
-            destination=self.data[first * self._row_bytes : end * self._row_bytes],
-        )
 
     def trim(self) -> None:
         """Drop the rows once they take more than a few megabytes."""
