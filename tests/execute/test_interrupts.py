@@ -15,12 +15,13 @@ from torch import nn
 
 import loadstone
 from loadstone.api.load import Request, carry_out
-from loadstone.execute import kept, meter, prefetch, residency, slots, states, turn
+from loadstone.execute import grouping, kept, meter, prefetch, residency, sliced, slots, states, turn
 from loadstone.execute.values import Streaming
 from loadstone.stream import compressed, from_files, fronts, read, refill, rows
+from loadstone.stream import slices as head_slices
 
-EXECUTE = (residency, slots, states, kept, turn, meter, prefetch)
-FILES = {module.__file__ for module in (*EXECUTE, compressed, from_files, fronts, refill, read, rows)}
+EXECUTE = (residency, slots, states, kept, turn, meter, prefetch, grouping, sliced)
+FILES = {module.__file__ for module in (*EXECUTE, compressed, from_files, fronts, refill, read, rows, head_slices)}
 X = torch.arange(8)[None]
 
 
@@ -29,12 +30,13 @@ class Stack(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(50, 80)
         self.layers = nn.ModuleList(nn.Linear(80, 80) for _ in range(4))
+        self.head = nn.Linear(80, 100, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return torch.as_tensor(x)
+        return torch.as_tensor(self.head(x))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def streamed(path: Path, slot_bytes: int = 0, read_bytes: int | None = None) -> Any:
-    units = ("embed", *(f"layers.{number}" for number in range(4)))
-    streaming = Streaming(units=units, slot_bytes=slot_bytes, read_bytes=read_bytes)
+def streamed(path: Path, slot_bytes: int = 0, read_bytes: int | None = None, slice_bytes: int = 0) -> Any:
+    units = ("embed", *(f"layers.{number}" for number in range(4)), *(("head",) if slice_bytes else ()))
+    slices = {"head": slice_bytes} if slice_bytes else {}
+    streaming = Streaming(units=units, slot_bytes=slot_bytes, read_bytes=read_bytes, slices=slices)
     return carry_out(Request(source=path, into=Stack, streaming=streaming))
 
 
@@ -96,15 +99,18 @@ def in_a_thread(model: nn.Module) -> torch.Tensor | None:
 
 
 @pytest.mark.usefixtures("small_grains")
-@pytest.mark.parametrize(("slot_bytes", "read_bytes"), [(0, None), (4096, None), (4096, 64)])
+@pytest.mark.parametrize(
+    ("slot_bytes", "read_bytes", "slice_bytes"), [(0, None, 0), (4096, None, 0), (4096, 64, 0), (0, None, 3 * 4096)]
+)
 def test_an_interrupt_at_any_line_leaves_the_model_usable(
-    path: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int, read_bytes: int | None
+    path: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int, read_bytes: int | None, slice_bytes: int
 ) -> None:
     monkeypatch.setattr(turn, "_PATIENCE_S", 0.002)
-    model = streamed(path, slot_bytes, read_bytes)
+    model = streamed(path, slot_bytes, read_bytes, slice_bytes)
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert (bool(stats.front_bytes), bool(stats.compressed_bytes)) == (bool(slot_bytes), bool(read_bytes))
+    assert stats.window_bytes == 2 * slice_bytes
     expected = run(model)
     line = 1
     while interrupted_at(model, line):

@@ -208,6 +208,14 @@ def test_one_that_is_cast_comes_in_slices_too(folder: Path) -> None:
         assert torch.equal(logits(model), expected)
 
 
+def test_what_has_no_rows_of_its_own_comes_whole_and_is_noted(folder: Path) -> None:
+    expected = logits(loadstone.load(folder))
+    model = streamed(folder, ("lm_head",), slices={"lm_head": 8192})  # which rows do not fit into
+    assert (stats(model).window_bytes, stats(model).num_units) == (0, 1)
+    assert any("lm_head.weight comes whole" in note for note in loadstone.of(model).report.notes)
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_thousand_passes_take_no_more_memory(folder: Path) -> None:
     from loadstone.hardware.memory import resident
 

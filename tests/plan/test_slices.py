@@ -94,6 +94,15 @@ def test_none_has_slices_where_nothing_is_streamed_or_nothing_can_be_shown(offlo
     assert caught.value.shortfall_bytes > HEAD_BYTES / 2
 
 
+def test_a_tinyllama_in_float32_fits_into_900_mb_with_python_and_torch() -> None:
+    """As `benchmarks/bench_cage.py` runs it; its head alone takes 262 MB."""
+    model = llama(layers=22, width=2048, inner=5632, vocab=32_000)
+    process = Process(level_bytes=350_000_000, pages_bytes=120_000_000)
+    plan = made(model, 900_000_000, process, dtype="float32")
+    assert plan.num_slots > 1
+    assert plan.devices[-1].peak_bytes <= 900_000_000
+
+
 def units() -> tuple[Unit, ...]:
     return inventory(MODEL, facts_of(MODEL.config), "bfloat16").units
 

@@ -111,8 +111,12 @@ def choose_streamed(
         else:
             chosen.add(unit, wanted)
             window_bytes = _window_bytes(wanted, unit, streaming)
-            if window_bytes and can_slice(wanted, checkpoint.tensors, window_bytes):
+            if not window_bytes:
+                continue
+            if can_slice(wanted, checkpoint.tensors, window_bytes):
                 chosen.slices[fqn] = window_bytes
+            else:
+                chosen.notes.append(f"{fqn} comes whole, not in slices: its rows cannot be read by themselves")
     return chosen
 
 

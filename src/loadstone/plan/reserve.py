@@ -33,7 +33,7 @@ HEAP_SHARE = 1.7
 PINNED_SHARE = 0.75
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
-FIRST_PASS_BYTES = 6_000_000
+FIRST_PASS_BYTES = 8_000_000
 # What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.57 to 0.60 MB
 # with AVX-512 for bfloat16, 0.15 to 0.7 without. Rows vary where a router sends tokens to experts.
 # Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
