@@ -231,6 +231,14 @@ def encoder() -> Plan:
     )
 
 
+def in_slices() -> Plan:
+    """The resident model, less its head, of which only slices fit."""
+    plan = resident()
+    *others, last = plan.placements
+    head = replace(last, kind=UnitKind.HEAD, home=DISK, moved_bytes=last.home_bytes, mapped=False, slice_bytes=16 << 20)
+    return replace(plan, placements=(*others, head))
+
+
 EXAMPLES = {
     "laptop_gpu": laptop_gpu,
     "laptop_disk": laptop_disk,

@@ -102,6 +102,15 @@ def test_the_tables_say_what_the_drawings_show() -> None:
     assert cells["summary"] == ["Show the tables"]
 
 
+def test_a_head_in_slices_says_so() -> None:
+    plan = examples.in_slices()
+    head = plan.placements[-1]
+    page = to_html(plan)
+    assert "in slices of 16.8 MB, two of them at a time" in page
+    assert f"{head.unit}" in page
+    assert "slices of the head" in page
+
+
 def test_every_tensor_is_in_the_page_once() -> None:
     plan = examples.mixture()
     found = _tensors_in(_Page(to_html(plan, examples.tensors_of(plan))))

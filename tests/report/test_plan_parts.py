@@ -81,6 +81,7 @@ def test_what_is_moved_is_said_with_the_way_it_goes() -> None:
     assert plan_parts.moved_by(replace(examples.laptop_disk(), num_slots=1)) == "through 1 slot"
     assert plan_parts.moved_by(replace(examples.laptop_disk(), num_slots=0)) == "rows that are looked up"
     assert plan_parts.moved_by(examples.resident()) == "everything is resident"
+    assert plan_parts.moved_by(examples.in_slices()) == "slices of the head"
 
 
 def test_what_generates_nothing_has_sequences_and_one_kind_of_pass() -> None:

@@ -40,6 +40,9 @@ def test_the_text_says_how_much_how_fast_and_how_long_it_was_waited_for() -> Non
     both = replace(STATS, front_bytes=1_500_000_000, compressed_bytes=2_000_000_000)
     assert f"{slots} 1.50 GB of them that stay and 2.00 GB that stay compressed, 228" in as_text(both)
     assert both.memory_bytes == 4_432_000_000
+    sliced = replace(STATS, window_bytes=134_000_000)
+    assert f"{slots} 134 MB for slices of the head, 228" in as_text(sliced)
+    assert sliced.memory_bytes == 1_066_000_000
 
 
 def test_json_has_the_figures_and_what_follows_from_them() -> None:

@@ -192,6 +192,8 @@ def _note(placement: Placement) -> str:
     front = f", the first {format_bytes(placement.front_bytes)} kept on {placement.compute}"
     more = f", {format_bytes(placement.compressed_bytes)} kept there compressed"
     kept = (front if placement.front_bytes else "") + (more if placement.compressed_bytes else "")
+    if placement.slice_bytes:
+        kept = f", in slices of {format_bytes(placement.slice_bytes)}, two of them at a time"
     home = f"{placement.home}, mapped from files" if placement.mapped else placement.home
     return f"{format_bytes(placement.home_bytes)} of {placement.storage_dtype} on {home}{kept}{moved}"
 

@@ -194,6 +194,8 @@ def moved_by(plan: Plan) -> str:
     """How what is streamed travels."""
     if plan.num_slots:
         return f"through {_counted(plan.num_slots, 'slot')}"
+    if any(placement.slice_bytes for placement in plan.placements):
+        return "slices of the head"
     return "rows that are looked up" if plan.streams else "everything is resident"
 
 

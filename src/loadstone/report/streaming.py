@@ -25,10 +25,14 @@ def as_text(stats: StreamStats) -> str:
 
 
 def beside_slots(stats: StreamStats) -> str:
-    """What stays of units that come and go; "" for nothing."""
-    front = [f"{format_bytes(stats.front_bytes)} of them that stay"] if stats.front_bytes else []
-    compressed = [f"{format_bytes(stats.compressed_bytes)} that stay compressed"] if stats.compressed_bytes else []
-    return f", beside {' and '.join([*front, *compressed])}" if front or compressed else ""
+    """What is in memory beside slots: what stays of units that come and go, slices of heads; "" for nothing."""
+    found = {
+        "of them that stay": stats.front_bytes,
+        "that stay compressed": stats.compressed_bytes,
+        "for slices of the head": stats.window_bytes,
+    }
+    told = [f"{format_bytes(nbytes)} {what}" for what, nbytes in found.items() if nbytes]
+    return f", beside {' and '.join(told)}" if told else ""
 
 
 def to_json(stats: StreamStats) -> dict[str, Any]:
