@@ -6,6 +6,9 @@ by one. Beside them stands the roofline of the same minutes: the slower of compu
 group) and of reading, at the best rate of a plain loop of direct reads, what the budget cannot keep.
 
     python benchmarks/bench_offload.py --peers-folder FOLDER
+    python benchmarks/bench_offload.py --geometries qwen2.5-7b-14-layers --scale 0.2 --results offload_small
+
+The second runs 8.7 GB in 1.0 GB, less than its head takes.
 
 What the budget cannot keep is told twice: as the plan streams it, and without mercy: the weights that a token needs
 less a budget of which only what the process holds after its imports, the cache and the activations are taken off.
@@ -414,6 +417,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds that one peer may take")
     parser.add_argument("--keep", action="store_true", help="leave the 8.7 GB checkpoint where it is")
     parser.add_argument("--dry", action="store_true", help="do not write results")
+    parser.add_argument("--results", default="offload", help="the name of the JSON file in results/")
     parser.add_argument("--child", choices=sorted(offload_peers.LOADERS), help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -431,7 +435,7 @@ def main() -> None:
             cases.append(run_case(geometry, arguments))
             draw(cases[-1])
             if not arguments.dry:
-                print(f"written to {harness.save('offload', {'cases': cases})}", flush=True)
+                print(f"written to {harness.save(arguments.results, {'cases': cases})}", flush=True)
     except NoCage as reason:
         raise SystemExit(f"no memory cgroup can be made here: {reason}") from None
     finally:
