@@ -230,8 +230,7 @@ def measure(cage: Cage, peer: str, case: str, path: Path, arguments: argparse.Na
     }
     if caged.outcome.startswith("failed"):
         row["error"] = caged.stderr[-2000:]
-    figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
-    print(f"  {peer}, {case}: {row['outcome']}  {figures}", file=sys.stderr, flush=True)
+    harness.tell_row(f"{peer}, {case}", row)
     return row
 
 

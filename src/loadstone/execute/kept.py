@@ -104,10 +104,7 @@ class Lookup:
         rows, table = self.rows()
         before, begin = rows.read_bytes, time.perf_counter()
         rows.bring(ids.numpy(force=True))
-        nbytes = rows.read_bytes - before
-        ring.stall_s += time.perf_counter() - begin
-        ring.streamed_bytes += nbytes
-        ring.tracer.span("wait", self._fqn, begin, nbytes)
+        ring.waited(self._fqn, begin, rows.read_bytes - before)
         taken = take(table)
         rows.trim()
         return taken

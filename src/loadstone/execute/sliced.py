@@ -58,10 +58,8 @@ class Sliced:
         slices, found = self._made, None
         before, begin = slices.read_bytes, time.perf_counter()
         for rows, memory in slices.each():
-            nbytes = slices.read_bytes - before
-            ring.stall_s += time.perf_counter() - begin
-            ring.streamed_bytes += nbytes
-            ring.tracer.span("wait", f"{self._placeholder.fqn}[{rows.start}:{rows.stop}]", begin, nbytes)
+            what = f"{self._placeholder.fqn}[{rows.start}:{rows.stop}]"
+            ring.waited(what, begin, slices.read_bytes - before)
             part = self._product(values, self._seen(slices, memory), bias, rows)
             if found is None:
                 found = part.new_empty((*part.shape[:-1], slices.target.shape[0]))
@@ -85,10 +83,8 @@ class Sliced:
     def _product(
         self, values: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, rows: range
     ) -> torch.Tensor:
-        alone, own = (
-            self._parameter(matrix[rows.start : rows.stop]),
-            None if bias is None else bias[rows.start : rows.stop],
-        )
+        alone = self._parameter(matrix[rows.start : rows.stop])
+        own = None if bias is None else bias[rows.start : rows.stop]
         facts = (alone.requires_grad, bias is None, torch.get_num_threads())
         kind = (rows.start, values.shape, values.stride(), values.dtype, *facts)
         is_same = self._is_same.get(kind)

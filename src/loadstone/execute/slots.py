@@ -148,10 +148,20 @@ class Ring:
         except BaseException:
             self._empty(slot)
             raise
-        self.stall_s += time.perf_counter() - begin
-        self.streamed_bytes += batch.total_bytes
-        self.tracer.span("wait", slot.unit, begin, batch.total_bytes)
+        self.waited(slot.unit, begin, batch.total_bytes)
         slot.state, slot.batch = State.READY, None
+
+    def waited(self, what: str, begin: float, nbytes: int) -> None:
+        """Count what was read and waited for until now, for whatever comes and goes.
+
+        Args:
+            what: its name.
+            begin: when the wait began, of `time.perf_counter`.
+            nbytes: how much was read.
+        """
+        self.stall_s += time.perf_counter() - begin
+        self.streamed_bytes += nbytes
+        self.tracer.span("wait", what, begin, nbytes)
 
     def check(self, files: Callable[[], None]) -> None:
         """Check files; what was read ahead of wrong ones is dropped, for the right ones may be put back.

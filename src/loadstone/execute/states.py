@@ -223,9 +223,8 @@ class States:
                 self.watch.start()
             return
         self.watch.stop()
-        for unit in self.units.values():
-            for part in unit.in_parts:
-                part.drop()
+        for part in self.in_parts():
+            part.drop()
         if self.room is not None:
             self.room.rest()
         self._filler.rest(leaves_memory=leaves_memory)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from loadstone.dtypes import DTYPES
 from loadstone.hardware.spec import MANY_TOKENS, ComputeRate, Device, Machine
-from loadstone.plan.values import HOST, NUM_WINDOWS, Unit, UnitKind
+from loadstone.plan.values import HOST, Unit, UnitKind
 
 # Rates where none was measured, per kind of device, for 16-bit weights: of a desktop processor with two channels of
 # DDR4, of a mid-range GPU (an RTX 3060: 360 GB/s, 51 TFLOPS), of an Apple M1 Pro (200 GB/s, 5 TFLOPS).
@@ -32,7 +32,7 @@ TYPICAL_COPY_BYTES_PER_S = 8e9
 TYPICAL_EXPAND_BYTES_PER_S = 1.5e9
 # What asking for one piece costs before its first byte comes: a read of its own, a launch.
 PIECE_S = {"disk": 1e-4, "link": 2e-5}
-# Between disk and processor.
+# The most slots between disk and processor that plans try.
 MAX_HOST_SLOTS = 3
 # Measured: taking the pages of a slot away from behind a front, 0.1 s for 3.3 GB.
 _HIDE_BYTES_PER_S = 30e9
@@ -243,7 +243,7 @@ def alone_s(unit: Unit, way: tuple[float, str]) -> float:
     """The part of that in which nothing else is computed: slices come ahead of their head as far as it has windows."""
     if not unit.slice_bytes:
         return 0.0
-    ahead = min(1.0, NUM_WINDOWS * unit.slice_bytes / unit.memory_bytes)
+    ahead = min(1.0, unit.window_bytes / unit.memory_bytes)
     return (1 - ahead) * unit.stored_bytes / way[0]
 
 

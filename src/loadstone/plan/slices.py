@@ -40,4 +40,4 @@ def held_bytes(unit: Unit, tokens: int) -> int:
     if not unit.slice_bytes:
         return rows_bytes(unit, tokens)
     rows = unit.memory_bytes * min(tokens, unit.table_rows) // unit.table_rows + 1 if unit.table_rows else 0
-    return NUM_WINDOWS * unit.slice_bytes + rows
+    return unit.window_bytes + rows

@@ -102,6 +102,11 @@ class Unit:
         return self.front_bytes + kept_bytes(self.compressed_bytes)
 
     @property
+    def window_bytes(self) -> int:
+        """What is in memory of a unit that is read in slices."""
+        return NUM_WINDOWS * self.slice_bytes
+
+    @property
     def is_slotted(self) -> bool:
         """Whether it goes through a slot where it is streamed, and is not looked up by rows or read in slices."""
         return self.kind is not UnitKind.EMBEDDING and not self.slice_bytes
