@@ -427,8 +427,8 @@ def test_a_plan_that_streams_to_a_device_is_carried_out(
 
     with torch.inference_mode():
         expected = loadstone.load(llama_folder, dtype=dtype, device="cpu")(IDS).logits
-    for room_that_probes in (assemble, planned):
-        monkeypatch.setattr(room_that_probes, "probe", offload_choice.probe)
+    monkeypatch.setattr(planned, "probe", offload_choice.probe)
+    monkeypatch.setattr(assemble, "devices_here", lambda: offload_choice.probe().devices)
     places = {"": "cuda:0", "model.layers.1": home, "model.layers.0.mlp": home, "model.embed_tokens": home}
     model = loadstone.load(llama_folder, dtype=dtype, device_map=places)
     loaded = loadstone.of(model)

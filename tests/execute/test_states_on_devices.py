@@ -9,7 +9,6 @@ import gc
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLink]]:
 
     here = probe()
     device = Device(id="cuda:0", kind="cuda", name="fake", total_bytes=8 << 30, free_bytes=8 << 30)
-    monkeypatch.setattr(assemble, "probe", lambda *_: replace(here, devices=(device, here.host)))
+    monkeypatch.setattr(assemble, "devices_here", lambda: (device, here.host))
     monkeypatch.setitem(transfer.STAND_INS, "cuda:0", "cpu")
     monkeypatch.setitem(transfer.LINKS, "cpu", link)
     yield links

@@ -4,7 +4,7 @@ import pytest
 
 from loadstone.checkpoint.values import Checkpoint, CheckpointFile, Format, TensorInfo
 from loadstone.errors import DeviceUnavailable, InvalidConfig
-from loadstone.hardware.spec import Cpu, Device, Machine
+from loadstone.hardware.spec import Device
 from loadstone.plan.choose import check_counts, choose_device, choose_dtype
 
 FILE = Path("model.safetensors")
@@ -52,18 +52,16 @@ def test_what_cannot_be_computed_in_is_misuse(name: str) -> None:
 
 
 def test_the_first_device_with_room_is_chosen() -> None:
-    machine = Machine(
-        devices=(device("cuda:0", 10), device("cuda:1", 100), device("cpu", 1000)), cpu=Cpu(name="", num_cores=4)
-    )
-    assert choose_device(machine, None, 50).value == "cuda:1"
-    assert choose_device(machine, None, 500).value == "cpu"
-    assert choose_device(machine, None, 500).reason == "no accelerator has 500 B free"
-    assert choose_device(machine, "cuda", 500).value == "cuda:0"
+    devices = (device("cuda:0", 10), device("cuda:1", 100), device("cpu", 1000))
+    assert choose_device(devices, None, 50).value == "cuda:1"
+    assert choose_device(devices, None, 500).value == "cpu"
+    assert choose_device(devices, None, 500).reason == "no accelerator has 500 B free"
+    assert choose_device(devices, "cuda", 500).value == "cuda:0"
 
 
 def test_a_device_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(DeviceUnavailable, match=r'device="mps" is not on this machine, which has: cpu'):
-        choose_device(Machine(devices=(device("cpu", 1),), cpu=Cpu(name="", num_cores=1)), "mps", 1)
+        choose_device((device("cpu", 1),), "mps", 1)
 
 
 def test_counts_beyond_the_tensors_are_refused_also_in_nested_configs() -> None:

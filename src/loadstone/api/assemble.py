@@ -30,7 +30,7 @@ from loadstone.execute.residency import Residency
 from loadstone.execute.streamed import Streamed, by_modules, choose_streamed
 from loadstone.hardware.measured import known_rates
 from loadstone.hardware.memory import ResidentBytes
-from loadstone.hardware.probe import probe
+from loadstone.hardware.probe import devices_here
 from loadstone.plan.choose import Choice, choose_device
 from loadstone.plan.load_peak import LoadPeak, load_peak
 from loadstone.plan.values import HOST
@@ -251,7 +251,7 @@ def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
         wanted = begun.request.device if begun.plan is None else begun.plan.placements[0].compute
         wanted = wanted if begun.streaming is None else begun.streaming.device
-        device = choose_device(probe(), wanted, nbytes)
+        device = choose_device(devices_here(), wanted, nbytes)
         told.text = f"{device.value}: {device.reason}"
     return device
 
@@ -267,7 +267,7 @@ def _map(
     rules = _rules(begun)
     # A plain module keeps what is stored unless a dtype is asked for.
     stays = begun.request.into is not None and begun.request.dtype in (None, "auto")
-    dtypes = blueprint.dtypes(module, None if stays else begun.dtype.value)
+    dtypes = blueprint.dtypes(module, slots, None if stays else begun.dtype.value)
     around = Surroundings(checkpoint=checkpoint, slots=slots, dtypes=dtypes, source=materializer.source)
     keymap = check_assignments(blueprint.map_keys(module, around), slots, checkpoint, rules)
     left_over = set(keymap.unexpected)

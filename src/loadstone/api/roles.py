@@ -32,7 +32,7 @@ def roles_of(checkpoint: Checkpoint, dtype: str) -> Roles:
     module = blueprint.build(torch_dtype(dtype))
     slots = slots_of(module)
     renamed = unwrapped(checkpoint, slots, getattr(module, "base_model_prefix", ""))
-    dtypes = blueprint.dtypes(module, dtype)
+    dtypes = blueprint.dtypes(module, slots, dtype)
     keymap = blueprint.map_keys(
         module, Surroundings(checkpoint=renamed, slots=slots, dtypes=dtypes, source=_refuse_to_read)
     )

@@ -51,7 +51,7 @@ class Blueprint(Protocol):
     def build(self, dtype: torch.dtype) -> nn.Module:
         """The module, its parameters on meta."""
 
-    def dtypes(self, module: nn.Module, dtype: str | None) -> dict[str, str | None]:
+    def dtypes(self, module: nn.Module, slots: Mapping[str, Slot], dtype: str | None) -> dict[str, str | None]:
         """The dtype each place is loaded in, by fqn; None for "as stored"."""
 
     def map_keys(self, module: nn.Module, around: Surroundings) -> KeyMap:

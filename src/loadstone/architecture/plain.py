@@ -83,14 +83,11 @@ class PlainModule:
         """The module on meta; `dtype` does not matter to it, parameters take theirs from what is loaded."""
         return build(self.factory, self.config)
 
-    def dtypes(self, module: nn.Module, dtype: str | None) -> dict[str, str | None]:
+    def dtypes(self, module: nn.Module, slots: Mapping[str, Slot], dtype: str | None) -> dict[str, str | None]:
         """Buffers keep the class's dtype; floating-point parameters become `dtype`, or stay as stored (None)."""
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        state = module.state_dict(keep_vars=True)
         return {
-            fqn: dtype if fqn in parameters and tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
-            for fqn, tensor in state.items()
-            if isinstance(tensor, torch.Tensor)
+            fqn: slot.dtype if slot.is_buffer or not getattr(torch, slot.dtype).is_floating_point else dtype
+            for fqn, slot in slots.items()
         }
 
     def map_keys(self, module: nn.Module, around: Surroundings) -> KeyMap:

@@ -131,7 +131,6 @@ def build(factory: ModuleFactory, config: Mapping[str, Any] | None) -> nn.Module
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
     """Every place of the module's state dict, by fqn; tied places each appear."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     slots = {}
     for fqn, tensor in module.state_dict(keep_vars=True).items():
         # Modules may put extra state of any kind into their state dict; only tensors are places.
@@ -140,7 +139,7 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
                 fqn=fqn,
                 shape=tuple(tensor.shape),
                 dtype=str(tensor.dtype).removeprefix("torch."),
-                is_buffer=fqn not in parameters,
+                is_buffer=not isinstance(tensor, nn.Parameter),
                 requires_grad=tensor.requires_grad,
             )
     return slots
@@ -167,6 +166,8 @@ def replace_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
         path, _, name = fqn.rpartition(".")
         owner = owners[path]
         if name in owner._parameters:
-            owner._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+            given = isinstance(tensor, nn.Parameter)
+            learns = tensor.is_floating_point() or tensor.is_complex()
+            owner._parameters[name] = tensor if given else nn.Parameter(tensor, requires_grad=learns)
         else:
             owner._buffers[name] = tensor

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -229,26 +230,26 @@ def build(described: Described, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def dtype_by_fqn(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype transformers would load each floating-point tensor in, by fqn.
+def kept_dtypes(model: Any, dtype: torch.dtype, fqns: Iterable[str]) -> dict[str, str]:
+    """What transformers would load in a dtype of its own, by fqn: routers, `A_log`, sinks and the like.
 
-    Most follow `dtype`; routers, `A_log`, sinks and the like are kept in float32 where the class says so, and what the
-    class built in another dtype stays in that.
+    Args:
+        model: the model, on meta.
+        dtype: what the others follow.
+        fqns: the names of its tensors.
     """
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(dtype)
-    search = None
-    if plan:
-        search, group_to_pattern, _ = build_glob_alternation(list(plan))
-    result = {}
-    for fqn, tensor in model.state_dict().items():
-        match = search.search(fqn) if search is not None else None
-        if match is not None and match.lastgroup is not None:
-            result[fqn] = plan[group_to_pattern[match.lastgroup]]
-        else:
-            result[fqn] = tensor.dtype
-    return result
+    if not plan:
+        return {}
+    search, group_to_pattern, _ = build_glob_alternation(list(plan))
+    found = ((fqn, search.search(fqn)) for fqn in fqns)
+    return {
+        fqn: str(plan[group_to_pattern[match.lastgroup]]).removeprefix("torch.")
+        for fqn, match in found
+        if match is not None and match.lastgroup is not None
+    }
 
 
 def expected_missing(model: Any, missing: set[str]) -> set[str]:
@@ -303,15 +304,24 @@ def finish(model: Any, missing: set[str], device: torch.device) -> None:
 
 
 def _mark_as_initialized(model: Any, missing: set[str]) -> None:
-    """Set the flag by which transformers' initialisers know what to leave alone, on tensors and on whole leaves."""
-    for fqn, tensor in model.state_dict(keep_vars=True).items():
-        if fqn not in missing and isinstance(tensor, torch.Tensor):
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    paths = {fqn.rpartition(".")[0] for fqn in missing}
+    """Set the flag by which transformers' initialisers know what to leave alone, on tensors and on whole modules."""
+    walk = list(model.named_modules(remove_duplicate=False))
+    lacking = {fqn.rpartition(".")[0] for fqn in missing}
+    for path, module in walk:
+        prefix = f"{path}." if path else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if name in module._non_persistent_buffers_set:  # nothing was loaded for it: its class computes it
+                lacking.add(path)
+            elif tensor is not None and prefix + name not in missing:
+                tensor._is_hf_initialized = True
+    # An initialiser of a module may fill what is further inside.
+    around = {""} | lacking
+    for path in lacking:
+        around.update(accumulate(path.split("."), "{}.{}".format))
     # By identity: a module registered twice lacks something if it does under either name.
-    incomplete = {id(module) for path, module in model.named_modules(remove_duplicate=False) if path in paths}
-    for module in model.modules():
-        if not module._modules and not module._non_persistent_buffers_set and id(module) not in incomplete:
+    incomplete = {id(module) for path, module in walk if path in around}
+    for _, module in walk:
+        if id(module) not in incomplete:
             module._is_hf_initialized = True
 
 

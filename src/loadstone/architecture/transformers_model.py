@@ -45,11 +45,13 @@ class TransformersModel:
         """The model on meta."""
         return bridge.build(self.described, dtype)
 
-    def dtypes(self, module: nn.Module, dtype: str | None) -> dict[str, str | None]:
-        """The dtype transformers loads each place in; some classes keep routers, `A_log` or sinks in float32."""
-        main = getattr(torch, dtype or "float32")
-        kept = bridge.dtype_by_fqn(module, main)
-        return {fqn: str(kept_dtype).removeprefix("torch.") for fqn, kept_dtype in kept.items()}
+    def dtypes(self, module: nn.Module, slots: Mapping[str, Slot], dtype: str | None) -> dict[str, str | None]:
+        """The dtype transformers loads each place in; some classes keep routers, `A_log` or sinks in float32.
+
+        What the class built in another dtype stays in that.
+        """
+        kept = bridge.kept_dtypes(module, getattr(torch, dtype or "float32"), slots)
+        return {fqn: kept.get(fqn, slot.dtype) for fqn, slot in slots.items()}
 
     def map_keys(self, module: nn.Module, around: Surroundings) -> KeyMap:
         """transformers' conversion mapping, or the names of GGUF or of Meta's layout."""
@@ -69,14 +71,7 @@ class TransformersModel:
 
     def place(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put the tensors in; ties are made by `finish`."""
-        parameters = {fqn for fqn, _ in module.named_parameters(remove_duplicate=False)}
-        replace_tensors(
-            module,
-            {
-                fqn: nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if fqn in parameters else tensor
-                for fqn, tensor in tensors.items()
-            },
-        )
+        replace_tensors(module, tensors)
 
     def finish(self, module: nn.Module, missing: set[str], device: torch.device) -> str:
         """Buffers, ties, missing tensors, eval mode, as the class does it."""

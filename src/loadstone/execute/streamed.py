@@ -47,7 +47,7 @@ class Streamed:
 
     def note_placed(self, module: nn.Module) -> None:
         """Remember which parameters the stand-ins became; for before the module is finished."""
-        found = module.named_parameters(remove_duplicate=False)
+        found = module.named_parameters(remove_duplicate=False) if self.stand_ins else ()
         self.placed = {fqn: parameter for fqn, parameter in found if fqn in self.stand_ins}
 
     def add(self, unit: str, wanted: Wanted) -> None:

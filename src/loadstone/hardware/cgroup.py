@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from loadstone.hardware.mounts import Mount, mounts
@@ -65,19 +66,25 @@ class Group:
             return None
 
 
-def groups(controller: str) -> list[Group]:
+def groups(controller: str) -> tuple[Group, ...]:
     """The groups in which `controller` may limit this process, innermost first.
 
     Args:
         controller: `memory` or `cpu`.
     """
     try:
-        lines = CGROUP_FILE.read_text().splitlines()
+        own = CGROUP_FILE.read_text()
     except OSError:
-        return []
-    mounted = [mount for mount in mounts() if mount.kind in {"cgroup", "cgroup2"}]
+        return ()
+    return _groups(controller, own, mounts())
+
+
+@lru_cache(maxsize=2)  # one for each controller: a process seldom moves to another group
+def _groups(controller: str, own: str, visible: tuple[Mount, ...]) -> tuple[Group, ...]:
+    """The same, as `/proc/self/cgroup` and the mounts have it."""
+    mounted = [mount for mount in visible if mount.kind in {"cgroup", "cgroup2"}]
     found: list[Group] = []
-    for line in lines:
+    for line in own.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             version, hierarchy = 2, [mount for mount in mounted if mount.kind == "cgroup2"]
@@ -87,7 +94,7 @@ def groups(controller: str) -> list[Group]:
             continue
         if hierarchy:
             found.extend(_from_own_to_outermost(version, PurePosixPath(path), hierarchy))
-    return found
+    return tuple(found)
 
 
 def _from_own_to_outermost(version: int, path: PurePosixPath, hierarchy: Sequence[Mount]) -> Iterator[Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 MOUNTINFO = Path("/proc/self/mountinfo")
@@ -30,17 +31,21 @@ class Mount:
     options: frozenset[str]
 
 
-def mounts() -> list[Mount]:
+def mounts() -> tuple[Mount, ...]:
     """All mounts that can be seen, in the kernel's order; none where the kernel does not tell.
 
     Source: https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
     """
     try:
-        lines = MOUNTINFO.read_text(errors="surrogateescape").splitlines()
+        return _understood(MOUNTINFO.read_text(errors="surrogateescape"))
     except OSError:
-        return []
+        return ()
+
+
+@lru_cache(maxsize=1)  # a load asks ten times, and the kernel nearly always says the same
+def _understood(mountinfo: str) -> tuple[Mount, ...]:
     found: dict[Path, Mount] = {}
-    for line in lines:
+    for line in mountinfo.splitlines():
         fields, _, described = line.partition(" - ")
         _, _, number, root, point, *_ = fields.split(" ")
         kind, _, options = described.split(" ", 2)
@@ -53,7 +58,7 @@ def mounts() -> list[Mount]:
         )
         found.pop(mount.point, None)  # a later mount hides an earlier one at the same place
         found[mount.point] = mount
-    return list(found.values())
+    return tuple(found.values())
 
 
 def _unescaped(text: str) -> str:

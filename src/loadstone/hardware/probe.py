@@ -13,7 +13,7 @@ from loadstone.hardware.cpu import cpu
 from loadstone.hardware.link import pci_bytes_per_s
 from loadstone.hardware.measured import known_rates, with_known_devices
 from loadstone.hardware.memory import host_limits, host_memory
-from loadstone.hardware.spec import Cpu, Device, Machine, Rates
+from loadstone.hardware.spec import Cpu, Device, Limit, Machine, Rates
 from loadstone.hardware.storage import disk_under
 from loadstone.hardware.torch_build import torch_build
 
@@ -34,18 +34,26 @@ def probe(model_folder: Path | None = None, cache_folder: Path | None = None) ->
     cache = cache_folder or own_cache_folder()
     folders = [cache] if model_folder is None else [model_folder, cache]
     limits = host_limits()
-    total, free = host_memory(limits)
     processor = cpu()
-    host = Device(id="cpu", kind="cpu", name=processor.name, total_bytes=total, free_bytes=free)
-    accelerators = _accelerators(processor, host) if may_have_accelerator() else ()
     machine = Machine(
-        devices=(*accelerators, host),
+        devices=_devices(processor, limits),
         cpu=processor,
         disks=tuple(disk for folder in folders if (disk := disk_under(folder)) is not None),
         rates=known_rates(folders[0], cache) or Rates(),
         host_limits=limits,
     )
     return with_known_devices(machine, cache)
+
+
+def devices_here() -> tuple[Device, ...]:
+    """What can compute here, the host last, without what was measured of it: most of a probe's time."""
+    return _devices(cpu(), host_limits())
+
+
+def _devices(processor: Cpu, limits: tuple[Limit, ...]) -> tuple[Device, ...]:
+    total, free = host_memory(limits)
+    host = Device(id="cpu", kind="cpu", name=processor.name, total_bytes=total, free_bytes=free)
+    return (*(_accelerators(processor, host) if may_have_accelerator() else ()), host)
 
 
 def may_have_accelerator() -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import ALIASES, DTYPES
 from loadstone.errors import DeviceUnavailable, InvalidConfig
-from loadstone.hardware.spec import Machine
+from loadstone.hardware.spec import Device
 from loadstone.units import format_bytes
 
 # Fields that make a class build that many parts. Each part holds at least one tensor, so a file with fewer tensors than
@@ -82,27 +82,27 @@ def _first_floating(checkpoint: Checkpoint) -> str | None:
     return next((info.dtype for info in infos if DTYPES[info.dtype].floating and DTYPES[info.dtype].bits >= 16), None)
 
 
-def choose_device(machine: Machine, requested: str | None, nbytes: int) -> Choice:
+def choose_device(devices: Sequence[Device], requested: str | None, nbytes: int) -> Choice:
     """Where the model goes.
 
     Args:
-        machine: what is there.
+        devices: what is there, the host last.
         requested: a device as torch writes it, or None for Loadstone's choice.
         nbytes: what the weights take.
 
     Raises:
         DeviceUnavailable: the device asked for is not there.
     """
-    ids = [device.id for device in machine.devices]
+    ids = [device.id for device in devices]
     if requested is not None:
         wanted = f"{requested}:0" if requested in {"cuda", "xpu"} else requested
         if wanted not in ids and wanted != "meta":
             raise DeviceUnavailable(f'device="{requested}" is not on this machine, which has: {", ".join(ids)}.')
         return Choice(value=wanted, reason="asked for")
-    for device in machine.devices:
+    for device in devices:
         if device.kind != "cpu" and device.free_bytes > nbytes:
             return Choice(value=device.id, reason=f"{device.name} has {format_bytes(device.free_bytes)} free")
-    if len(machine.devices) > 1:
+    if len(devices) > 1:
         return Choice(value="cpu", reason=f"no accelerator has {format_bytes(nbytes)} free")
     return Choice(value="cpu", reason="no accelerator here")
 
