@@ -158,6 +158,7 @@ class _Planner:
             run=asked.run,
             dtype_bits=DTYPES[dtype.value].bits,
             sums_apart=asked.device in (None, HOST) and sums_apart(dtype.value, self.machine.cpu.features),
+            num_cores=self.machine.cpu.num_cores,
         )
         allocated = terms(facts, pressure)
         ids = {asked.device, HOST}

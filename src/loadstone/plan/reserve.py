@@ -24,20 +24,25 @@ NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
 _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
-# most: 0.3 to 1.7, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
+# most: 0.3 to 1.4, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
 # once.
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
-HEAP_SHARE = 1.7
+HEAP_SHARE = 1.4
+# Without a cache nothing is left between what a pass frees, and the next one finds it; of what is between operations.
+_STEADY_SHARE = 0.4
 # And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
 # the layer before has freed, which is then too small for the next one. Found where it was most: 24 layers, 10 MB.
 PINNED_SHARE = 0.75
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
-FIRST_PASS_BYTES = 8_000_000
+FIRST_PASS_BYTES = 6_000_000
+# Where MKL rearranges the matrices of a float32 product, for each core; kept from the first product on. Measured with
+# matrices of 768 x 30,522 to 2,048 x 8,192; in 16 bits (oneDNN) a product leaves about 1 MB in all.
+PACKING_BYTES = 5_200_000
 # What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.57 to 0.60 MB
 # with AVX-512 for bfloat16, 0.15 to 0.7 without. Rows vary where a router sends tokens to experts.
 # Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-KERNEL_BYTES, _MAX_KERNELS = 650_000, 1024
+KERNEL_BYTES, _MAX_KERNELS = 600_000, 1024
 _EXPERT_PRODUCTS = 2  # gate and up as one, and down
 # How far the tokens of experts lie from their mean, of that mean, where a router has favourites: that of 32 experts
 # with random weights sent 6 to 398 tokens to each, 128 on average.
@@ -55,11 +60,13 @@ class Pressure:
         dtype_bits: of activations and cache, the model's main dtype.
         sums_apart: whether products are summed in float32 beside their result, as a host does in bfloat16 without
             instructions for it (`sums_apart`).
+        num_cores: of the host.
     """
 
     run: Run
     dtype_bits: int
     sums_apart: bool = False
+    num_cores: int = 1
 
     @property
     def tokens(self) -> int:
@@ -171,12 +178,21 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     found, blocks = terms(facts, pressure), _blocks(facts, pressure)
     # One of 32 MB takes more, with what malloc notes of it.
     small = {name: nbytes if blocks[name] < _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
+    always = FIRST_PASS_BYTES + _kept_by_products(facts, pressure)
+    if not facts.caches:
+        return int(_STEADY_SHARE * activation_bytes(small)) + always
     cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes < 2 * _HEAP_BLOCK_BYTES)
     kept = HEAP_SHARE * (beside_cache(facts, pressure, small, cache) + logits_bytes(small) + cache)
     of_layer = (blocks["attention"], blocks["feed_forward"])
     largest = max((nbytes for nbytes in of_layer if nbytes < _HEAP_BLOCK_BYTES), default=0)
-    kernels = KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
-    return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + FIRST_PASS_BYTES + kernels
+    return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + always
+
+
+def _kept_by_products(facts: Facts, pressure: Pressure) -> int:
+    """What libraries of products keep for the next one."""
+    if pressure.width_bytes >= _FLOAT32_BYTES:
+        return PACKING_BYTES * pressure.num_cores
+    return KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
 
 
 def _kinds_of_rows(facts: Facts, pressure: Pressure) -> int:
@@ -185,7 +201,7 @@ def _kinds_of_rows(facts: Facts, pressure: Pressure) -> int:
     The tokens that choose an expert are drawn by chance, and routers have favourites. As many numbers are found as if
     all within the width of that distribution (2 sqrt(pi) standard deviations) were as likely as each other.
     """
-    if not facts.num_chosen or not facts.num_experts or pressure.width_bytes >= _FLOAT32_BYTES:
+    if not facts.num_chosen or not facts.num_experts:
         return 0
     share = min(1.0, facts.num_chosen / facts.num_experts)
     mean, chance = pressure.tokens * share, pressure.tokens * share * (1 - share)
@@ -257,12 +273,17 @@ def _attention(facts: Facts, pressure: Pressure) -> int:
 
 
 def _experts(facts: Facts, pressure: Pressure) -> int:
-    """grouped_mm_experts_forward: chosen rows of tokens, gate and up, their product, down, and the weighted sum."""
+    """grouped_mm_experts_forward, a row for each token and expert that it chose.
+
+    The rows stay; beside them are gate and up, one of them activated, and the product, and later what comes down, the
+    same weighted, and that in the tokens' order.
+    """
     if not facts.num_chosen:
         return 0
     chosen = pressure.tokens * facts.num_chosen
-    numel = (3 * facts.width + 4 * facts.expert_inner) * pressure.width_bytes
-    return chosen * (numel + max(facts.width, 2 * facts.expert_inner) * pressure.sum_bytes)
+    numel = max(facts.width + 4 * facts.expert_inner, 4 * facts.width)
+    sums = max(facts.width, 2 * facts.expert_inner) * pressure.sum_bytes
+    return chosen * (numel * pressure.width_bytes + sums)
 
 
 def has_mask(facts: Facts, pressure: Pressure) -> bool:
