@@ -216,6 +216,22 @@ def test_what_has_no_rows_of_its_own_comes_whole_and_is_noted(folder: Path) -> N
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("streams_more", [False, True])
+def test_a_whole_model_can_be_compiled(folder: Path, streams_more: bool) -> None:
+    torch._dynamo.reset()
+    expected = logits(loadstone.load(folder))
+    units = ("model.embed_tokens", *(LAYERS if streams_more else ()), "lm_head")  # of the table rows are looked up
+    model: Any = streamed(folder, units, slices={"lm_head": WINDOW})
+    plain_forwards = [vars(one).get("forward") for one in model.modules()]
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.equal(logits(compiled), expected)
+    assert stats(model).window_bytes == 2 * WINDOW
+    assert sum(one is not None for one in plain_forwards) == 2  # the table's and the head's are left alone
+    loadstone.of(model).limit(None)
+    assert torch.equal(logits(compiled), expected)
+
+
 def test_a_thousand_passes_take_no_more_memory(folder: Path) -> None:
     from loadstone.hardware.memory import resident
 

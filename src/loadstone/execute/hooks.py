@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from loadstone.execute.outside_graphs import outside_graphs
+from loadstone.execute.outside_graphs import UntracedForward, outside_graphs
+from loadstone.execute.placeholder import StreamedParameter
 
 _CALL = nn.Module._call_impl.__code__
 _LOOK_AGAIN_S = 0.005
@@ -47,6 +48,7 @@ class Hooks:
         self._module = weakref.ref(module)
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._others: list[RemovableHandle] = []
+        self._untraced: weakref.WeakKeyDictionary[nn.Module, UntracedForward] = weakref.WeakKeyDictionary()
 
     @property
     def are_on(self) -> bool:
@@ -55,6 +57,8 @@ class Hooks:
 
     def put(self, told: Hooked, entries: Sequence[tuple[str, Sequence[str]]]) -> None:
         """Have hooks on the model, and on the modules that need units.
+
+        What comes in parts is not there when its module computes, and graphs ask for it: such forwards are left alone.
 
         Args:
             told: is told.
@@ -78,17 +82,24 @@ class Hooks:
                 module.register_forward_hook(outside_graphs(told.end_pass), always_call=True),
             ]
 
+        for one in module.modules():
+            if one not in self._untraced and any(map(_comes_in_parts, one._parameters.values())):
+                self._untraced[one] = UntracedForward(one)
+
     def keep(self, handles: Iterable[RemovableHandle]) -> None:
         """Have these hooks end with the others."""
         self._others += handles
 
     def remove(self) -> None:
         """Have none."""
-        for handles in (*self._handles.values(), self._others):
-            for handle in handles:
-                handle.remove()
+        everything: list[RemovableHandle | UntracedForward] = [*self._others, *self._untraced.values()]
+        for handles in self._handles.values():
+            everything += handles
+        for handle in everything:
+            handle.remove()
         self._handles.clear()
         self._others.clear()
+        self._untraced.clear()
 
     def wait_for_others(self) -> None:
         """Return when no forward of another thread is under way that began before now, without being hooked."""
@@ -101,6 +112,10 @@ class Hooks:
             time.sleep(_LOOK_AGAIN_S)
             running = {id(frame) for frame in _frames_of_others()}
             frames = [frame for frame in frames if id(frame) in running]
+
+
+def _comes_in_parts(parameter: nn.Parameter | None) -> bool:
+    return isinstance(parameter, StreamedParameter) and parameter.comes_in_parts
 
 
 def _frames_of_others() -> Iterator[FrameType]:

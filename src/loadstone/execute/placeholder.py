@@ -87,6 +87,11 @@ class StreamedParameter(nn.Parameter):
         made.lookup, made.product, made.entries, made.lender, made.holder = None, None, None, None, ({}, "")
         return made
 
+    @property
+    def comes_in_parts(self) -> bool:
+        """Whether its rows or slices of it are had while it is not there."""
+        return self.lookup is not None or self.product is not None
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its facts; it has nothing else to show."""
         del tensor_contents
