@@ -186,7 +186,7 @@ def test_an_allocator_cannot_use_blocks_again_that_a_cache_has_moved_into() -> N
         "vocab_size": 151_936,
     }
     pressure = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=32)
-    assert heap_bytes(facts_of(config), pressure) == int(0.75 * 24 * 512 * 4864 * 4) + FIRST_PASS_BYTES + PACKING_BYTES
+    assert heap_bytes(facts_of(config), pressure) == int(0.7 * 24 * 512 * 4864 * 4) + FIRST_PASS_BYTES + PACKING_BYTES
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
     short = Pressure(run=Run(context=64, prompt_tokens=32), dtype_bits=32)
     found = facts(model)
     used = activation_bytes(terms(found, short)) + logits_bytes(terms(found, short)) + sum(cache_bytes(found, short))
-    assert heap_bytes(found, short) == int(1.4 * used) + FIRST_PASS_BYTES + PACKING_BYTES
+    assert heap_bytes(found, short) == int(1.5 * used) + FIRST_PASS_BYTES + PACKING_BYTES
     long = Pressure(run=Run(context=10**8, prompt_tokens=10**8), dtype_bits=32)
     assert heap_bytes(found, long) < 10**9 < activation_bytes(terms(found, long))
 
@@ -348,4 +348,4 @@ def test_what_an_encoder_had_is_gone_when_the_cache_of_its_decoder_comes() -> No
     assert beside_cache(found, pressure, {**allocated, "residual": long + cache}, cache) > long
     states = 512 * 768 * 4
     live = cache + states + allocated["cache_growth"] + logits_bytes(allocated)
-    assert heap_bytes(found, pressure) == int(1.4 * live) + FIRST_PASS_BYTES + PACKING_BYTES
+    assert heap_bytes(found, pressure) == int(1.5 * live) + FIRST_PASS_BYTES + PACKING_BYTES

@@ -24,15 +24,15 @@ NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
 _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
-# most: 0.3 to 1.4, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
+# most: 0.3 to 1.5, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
 # once.
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
-HEAP_SHARE = 1.4
+HEAP_SHARE = 1.5
 # Without a cache nothing is left between what a pass frees, and the next one finds it; of what is between operations.
 _STEADY_SHARE = 0.4
 # And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
 # the layer before has freed, which is then too small for the next one. Found where it was most: 24 layers, 10 MB.
-PINNED_SHARE = 0.75
+PINNED_SHARE = 0.7
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
 FIRST_PASS_BYTES = 6_000_000
@@ -40,9 +40,9 @@ FIRST_PASS_BYTES = 6_000_000
 # matrices of 768 x 30,522 to 2,048 x 8,192; in 16 bits (oneDNN) a product leaves about 1 MB in all.
 PACKING_BYTES = 5_200_000
 # What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.57 to 0.60 MB
-# with AVX-512 for bfloat16, 0.15 to 0.7 without. Rows vary where a router sends tokens to experts.
+# with AVX-512 for bfloat16, 0.15 to 0.7 without; as there are many, the mean. Rows vary where a router sends tokens to experts.
 # Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
-KERNEL_BYTES, _MAX_KERNELS = 600_000, 1024
+KERNEL_BYTES, _MAX_KERNELS = 585_000, 1024
 _EXPERT_PRODUCTS = 2  # gate and up as one, and down
 # How far the tokens of experts lie from their mean, of that mean, where a router has favourites: that of 32 experts
 # with random weights sent 6 to 398 tokens to each, 128 on average.
