@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from loadstone.errors import StreamedModel
 from loadstone.execute.outside_graphs import UntracedForward
 
 VALUES = torch.ones(2, 3)
@@ -60,6 +63,15 @@ def test_it_does_not_keep_its_module() -> None:
     del module
     assert reference() is None
     untraced.remove()
+
+
+def test_a_copy_that_would_compute_with_the_original_is_refused() -> None:
+    module = Scaled()
+    untraced = UntracedForward(module)
+    with pytest.raises(StreamedModel, match="copy the whole model"):
+        copy.deepcopy(module)
+    untraced.remove()
+    assert torch.equal(copy.deepcopy(module)(VALUES), VALUES)
 
 
 def test_graphs_end_before_it() -> None:

@@ -6,10 +6,12 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+
+from loadstone.errors import StreamedModel
 
 Hook = Callable[..., Any]
 
@@ -33,7 +35,7 @@ class UntracedForward:
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         self._before = vars(module).get("forward")
-        self._forward = outside_graphs(partial(_forward, self._module, self._before))
+        self._forward = outside_graphs(self._compute)
         module.forward = self._forward
 
     def remove(self) -> None:
@@ -46,14 +48,20 @@ class UntracedForward:
         else:
             module.forward = self._before
 
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module is gone, and its forward with it")
+        return type(module).forward(module, *args, **kwargs)
 
-def _forward(reference: weakref.ref[nn.Module], before: Hook | None, *args: Any, **kwargs: Any) -> Any:
-    if before is not None:
-        return before(*args, **kwargs)
-    module = reference()
-    if module is None:
-        raise ReferenceError("the module is gone, and its forward with it")
-    return type(module).forward(module, *args, **kwargs)
+    def __reduce__(self) -> NoReturn:
+        """Refused: a copy of the module would compute with the original's weights."""
+        raise StreamedModel(
+            "expected a module to copy, found one whose weights are read from its files in parts; lift the limit with "
+            "loadstone.of(model).limit(None) and copy the whole model."
+        )
 
 
 def _untraced(hook: Hook, *args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,8 @@ FIRST_PASS_BYTES = 6_000_000
 # matrices of 768 x 30,522 to 2,048 x 8,192; in 16 bits (oneDNN) a product leaves about 1 MB in all.
 PACKING_BYTES = 5_200_000
 # What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.57 to 0.60 MB
-# with AVX-512 for bfloat16, 0.15 to 0.7 without; as there are many, the mean. Rows vary where a router sends tokens to experts.
+# with AVX-512 for bfloat16, 0.15 to 0.7 without; there are many, so the mean. Rows vary where a router sends tokens to
+# experts.
 # Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
 KERNEL_BYTES, _MAX_KERNELS = 585_000, 1024
 _EXPERT_PRODUCTS = 2  # gate and up as one, and down
