@@ -29,7 +29,7 @@ _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
 HEAP_SHARE = 1.5
 # Without a cache nothing is left between what a pass frees, and the next one finds it; of what is between operations.
-_STEADY_SHARE = 0.4
+_STEADY_SHARE = 0.5
 # And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
 # the layer before has freed, which is then too small for the next one. Found where it was most: 24 layers, 10 MB.
 PINNED_SHARE = 0.7
