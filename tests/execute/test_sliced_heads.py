@@ -222,12 +222,12 @@ def test_a_whole_model_can_be_compiled(folder: Path, streams_more: bool) -> None
     expected = logits(loadstone.load(folder))
     units = ("model.embed_tokens", *(LAYERS if streams_more else ()), "lm_head")  # of the table rows are looked up
     model: Any = streamed(folder, units, slices={"lm_head": WINDOW})
-    plain_forwards = [vars(one).get("forward") for one in model.modules()]
+    forwards = [vars(one).get("forward") for one in model.modules()]
     compiled = torch.compile(model, backend="eager")
     for _ in range(2):
         assert torch.equal(logits(compiled), expected)
     assert stats(model).window_bytes == 2 * WINDOW
-    assert sum(one is not None for one in plain_forwards) == 2  # the table's and the head's are left alone
+    assert sum(one is not None for one in forwards) == 2  # the table's and the head's are left alone
     loadstone.of(model).limit(None)
     assert torch.equal(logits(compiled), expected)
 

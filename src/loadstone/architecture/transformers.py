@@ -315,7 +315,7 @@ def _mark_as_initialized(model: Any, missing: set[str]) -> None:
             elif tensor is not None and prefix + name not in missing:
                 tensor._is_hf_initialized = True
     # An initialiser of a module may fill what is further inside.
-    around = {""} | lacking
+    around = {""}
     for path in lacking:
         around.update(accumulate(path.split("."), "{}.{}".format))
     # By identity: a module registered twice lacks something if it does under either name.
