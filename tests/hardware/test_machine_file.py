@@ -31,7 +31,7 @@ MACHINE = Machine(
         ),
         Device(id="cpu", kind="cpu", name="a processor", total_bytes=1 << 34, free_bytes=1 << 33),
     ),
-    cpu=Cpu(name="a processor", num_cores=8, features=("avx2",)),
+    cpu=Cpu(name="a processor", num_cores=8, num_threads=16, features=("avx2",)),
     disks=(Disk(path=Path("/models"), file_system="ext4", rotational=False, total_bytes=10**12, free_bytes=10**11),),
     rates=Rates(disk_bytes_per_s=3e9),
     host_limits=(Limit(what="ulimit -v", limit_bytes=1 << 34, used_bytes=1 << 20),),

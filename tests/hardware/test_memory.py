@@ -15,7 +15,7 @@ import pytest
 
 import control_groups
 from loadstone.hardware import memory
-from loadstone.hardware.memory import PeakWatch, host_limits, host_memory, num_cores, resident
+from loadstone.hardware.memory import PeakWatch, host_limits, host_memory, num_bound_cores, num_cores, resident
 
 MB = 1 << 20
 
@@ -105,6 +105,7 @@ def test_a_quota_is_rounded_up_to_whole_cores(tmp_path: Path, monkeypatch: pytes
             files={"v2": {"cpu.max": f"{quota} 100000"}},
         )
         assert num_cores() == cores
+        assert num_bound_cores() == 64
 
 
 def child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:

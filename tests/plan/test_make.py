@@ -10,7 +10,7 @@ from loadstone.hardware.spec import Rates
 from loadstone.plan.budget import Process
 from loadstone.plan.cost import simulate
 from loadstone.plan.make import make_plan
-from loadstone.plan.reserve import KERNEL_BYTES
+from loadstone.plan.reserve import KERNEL_BYTES, PACKING_BYTES
 from loadstone.plan.values import DISK, HOST, Asked, Plan, Run
 
 SHORT = Run(context=64, prompt_tokens=16)
@@ -222,3 +222,16 @@ def test_a_streamed_table_is_not_said_to_travel_beside_computing() -> None:
     wanted = Asked(run=SHORT, device_map={"": HOST, "model.embed_tokens": DISK})
     plan = make_plan(MODEL, machine(10**9), wanted)
     assert any("of model.embed_tokens only the rows that are looked up are read" in why for why in plan.reasons)
+
+
+def test_more_threads_than_a_group_gives_time_for_are_planned_and_told() -> None:
+    given = machine(10**12)
+    many = replace(given, cpu=replace(given.cpu, num_threads=64))
+    asked = Asked(run=SHORT, max_memory={HOST: 10**9}, dtype="float32")
+    plan, threaded = make_plan(MODEL, given, asked), make_plan(MODEL, many, asked)
+    apart = threaded.devices[-1].anonymous_bytes - plan.devices[-1].anonymous_bytes
+    assert apart == (64 - 4) * PACKING_BYTES
+    assert [reason for reason in threaded.reasons if reason not in plan.reasons] == [
+        "torch computes with 64 threads, but the control group gives this process the time of 4 cores only: "
+        "OMP_NUM_THREADS=4 is faster"
+    ]

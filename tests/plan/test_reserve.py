@@ -232,7 +232,7 @@ def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
 
 def test_where_nothing_is_kept_between_passes_little_is_left_between_blocks() -> None:
     model: Any = builders.tiny_model("bert", "encoder")
-    found, pressure = facts(model), Pressure(run=Run(context=64, prompt_tokens=64), dtype_bits=32, num_cores=3)
+    found, pressure = facts(model), Pressure(run=Run(context=64, prompt_tokens=64), dtype_bits=32, num_threads=3)
     between = activation_bytes(terms(found, pressure))
     assert heap_bytes(found, pressure) == int(0.5 * between) + FIRST_PASS_BYTES + 3 * PACKING_BYTES
 

@@ -61,7 +61,10 @@ def machine_command(
         _show_gallery(as_json)
         return
     from loadstone.api.machine import machine
+    from loadstone.hardware.openmp import fit_threads_to_cores
 
+    if measure:
+        fit_threads_to_cores()  # as for `loadstone run`
     _show(machine(source, model=model, measure=measure), save, as_json)
 
 

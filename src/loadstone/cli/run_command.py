@@ -78,8 +78,10 @@ def run_command(
     """
     from loadstone.api.registry import of
     from loadstone.hardware.memory import PeakWatch
+    from loadstone.hardware.openmp import fit_threads_to_cores
     from loadstone.report.trace import check_writable
 
+    fit_threads_to_cores()
     if draft is not None and (assist is False or wanted.plan is not None):
         other = "--plan" if assist is not False else "--no-assist"
         raise ValueError(f"--draft {draft} cannot go with {other}; leave one of them out.")

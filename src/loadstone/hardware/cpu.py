@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from loadstone.hardware.memory import num_cores
+from loadstone.hardware.openmp import num_threads
 from loadstone.hardware.spec import Cpu
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -34,7 +35,7 @@ _SYSCTLS = {
 def cpu() -> Cpu:
     """Ask the kernel; what it does not tell is left out."""
     name, features = _from_sysctl() if sys.platform == "darwin" else _from_cpuinfo()
-    return Cpu(name=name or _machine(), num_cores=num_cores(), features=features)
+    return Cpu(name=name or _machine(), num_cores=num_cores(), num_threads=num_threads(), features=features)
 
 
 def _machine() -> str:

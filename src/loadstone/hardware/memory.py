@@ -156,9 +156,13 @@ def _table(path: Path) -> dict[str, int]:
 
 def num_cores() -> int:
     """The cores this process may keep busy: those it is bound to, or the time its group gives it if that is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup.cpu_quota()
+    cores, quota = num_bound_cores(), cgroup.cpu_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def num_bound_cores() -> int:
+    """The cores this process may run on, however little time it gets there."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def can_show_pages() -> bool:

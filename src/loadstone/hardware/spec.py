@@ -78,12 +78,14 @@ class Cpu:
     Attributes:
         name: what its maker calls it.
         num_cores: the cores this process may run on, limits of time included.
+        num_threads: that torch multiplies matrices with; None for one for each core.
         features: what matters to matrix products, as Linux writes it: `avx2`, `avx512f`, `avx512_bf16`, `amx_bf16`,
             `amx_int8`, `neon`, `bf16`, ...
     """
 
     name: str
     num_cores: int
+    num_threads: int | None = None
     features: tuple[str, ...] = ()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.dtypes import DTYPES
 from loadstone.errors import DoesNotFit
-from loadstone.hardware.spec import Machine, Rates
+from loadstone.hardware.spec import Cpu, Machine, Rates
 from loadstone.plan.alternatives import Attempt, alternatives
 from loadstone.plan.beside import beside_by_order, cache_by_order
 from loadstone.plan.budget import Process, budgets
@@ -146,7 +146,7 @@ class _Planner:
             num_slots=layout.num_slots,
             slot_bytes=layout.slot_bytes,
             read_bytes=layout.read_bytes,
-            reasons=tuple(_reasons(case, asked, layout)),
+            reasons=tuple(_reasons(case, asked, layout, self.machine.cpu)),
             label=label,
         )
 
@@ -158,7 +158,7 @@ class _Planner:
             run=asked.run,
             dtype_bits=DTYPES[dtype.value].bits,
             sums_apart=asked.device in (None, HOST) and sums_apart(dtype.value, self.machine.cpu.features),
-            num_cores=self.machine.cpu.num_cores,
+            num_threads=self.machine.cpu.num_threads or self.machine.cpu.num_cores,
         )
         allocated = terms(facts, pressure)
         ids = {asked.device, HOST}
@@ -210,12 +210,18 @@ def _loading(found: Inventory) -> Loading:
     return Loading(num_tensors=len(found.tensors), staging_bytes=staging, largest_bytes=most)
 
 
-def _reasons(case: _Case, asked: Asked, layout: Layout) -> Iterator[str]:
+def _reasons(case: _Case, asked: Asked, layout: Layout, cpu: Cpu) -> Iterator[str]:
     """The choices in plain sentences."""
     yield f"dtype {case.dtype.value}: {case.dtype.reason}"
     if asked.device_map is not None and not isinstance(asked.device_map, str):
         yield "placed as the device map says"
     devices = dict.fromkeys(one.compute for one in layout.assignments)
+    if HOST in devices and cpu.num_threads is not None and cpu.num_threads > cpu.num_cores:
+        cores = "1 core" if cpu.num_cores == 1 else f"{cpu.num_cores} cores"
+        yield (
+            f"torch computes with {cpu.num_threads} threads, but the control group gives this process the time of "
+            f"{cores} only: OMP_NUM_THREADS={cpu.num_cores} is faster"
+        )
     streamed = [one for one in layout.assignments if one.home != one.compute]
     total = sum(one.unit.memory_bytes for one in layout.assignments)
     if not streamed:

@@ -31,12 +31,13 @@ HEAP_SHARE = 1.5
 # Without a cache nothing is left between what a pass frees, and the next one finds it; of what is between operations.
 _STEADY_SHARE = 0.5
 # And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
-# the layer before has freed, which is then too small for the next one. Found where it was most: 24 layers, 10 MB.
-PINNED_SHARE = 0.7
+# the layer before has freed, which is then too small for the next one. In float32 found where it was most: 24 layers,
+# 10 MB. In 16 bits, whose products are another library's, 0.2 to 0.39 of 24 and 28 layers, 0.47 of 14, in 37 runs.
+PINNED_SHARE, _PINNED_SHARE_16 = 0.7, 0.5
 _HEAP_BLOCK_BYTES = 32 << 20
 # Threads, generators and kernels that come into being with the first pass.
 FIRST_PASS_BYTES = 6_000_000
-# Where MKL rearranges the matrices of a float32 product, for each core; kept from the first product on. Measured with
+# Where MKL rearranges the matrices of a float32 product, for each thread; kept from the first product on. Measured with
 # matrices of 768 x 30,522 to 2,048 x 8,192; in 16 bits (oneDNN) a product leaves about 1 MB in all.
 PACKING_BYTES = 5_200_000
 # What oneDNN keeps of a product in 16 bits for each number of rows that it has seen, for 1,024 of them: 0.57 to 0.60 MB
@@ -61,13 +62,13 @@ class Pressure:
         dtype_bits: of activations and cache, the model's main dtype.
         sums_apart: whether products are summed in float32 beside their result, as a host does in bfloat16 without
             instructions for it (`sums_apart`).
-        num_cores: of the host.
+        num_threads: that the host multiplies with.
     """
 
     run: Run
     dtype_bits: int
     sums_apart: bool = False
-    num_cores: int = 1
+    num_threads: int = 1
 
     @property
     def tokens(self) -> int:
@@ -186,13 +187,14 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     kept = HEAP_SHARE * (beside_cache(facts, pressure, small, cache) + logits_bytes(small) + cache)
     of_layer = (blocks["attention"], blocks["feed_forward"])
     largest = max((nbytes for nbytes in of_layer if nbytes < _HEAP_BLOCK_BYTES), default=0)
-    return int(max(kept, PINNED_SHARE * largest * len(facts.layers))) + always
+    pinned = PINNED_SHARE if pressure.width_bytes >= _FLOAT32_BYTES else _PINNED_SHARE_16
+    return int(max(kept, pinned * largest * len(facts.layers))) + always
 
 
 def _kept_by_products(facts: Facts, pressure: Pressure) -> int:
     """What libraries of products keep for the next one."""
     if pressure.width_bytes >= _FLOAT32_BYTES:
-        return PACKING_BYTES * pressure.num_cores
+        return PACKING_BYTES * pressure.num_threads
     return KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
 
 
