@@ -167,7 +167,9 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
                 moving += count * brought
                 waiting += count * alone_s(one.unit, way)
                 if first:
-                    computing += count * compared_s(one.unit, rate, problem.tokens[0])
+                    comparing = count * compared_s(one.unit, rate, problem.tokens[0])
+                    total["memory"] += comparing
+                    computing += comparing
                 total[way[1]] += count * brought
         seconds += overlapped_s(computing, moving - waiting, layout.num_slots, device) + waiting
         compute_s, moving_s = compute_s + computing, moving_s + moving

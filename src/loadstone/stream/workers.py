@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import threading
 from collections.abc import Callable
+
+from loadstone.stream.crew import Crew
 
 Work = Callable[["Job"], None]
 
@@ -54,12 +54,16 @@ class Job:
             give_up()
         self._over.wait()
 
-    def run(self) -> None:
-        """Do it, unless it was given up."""
+    def take(self) -> Job | None:
+        """Itself, for whoever runs it; None if it was taken or given up."""
         with self._lock:
-            if self.is_cancelled:
-                return
+            if self._begun or self.is_cancelled:
+                return None
             self._begun = True
+            return self
+
+    def run(self) -> None:
+        """Do it; it must have been taken."""
         try:
             self._work(self)
         except BaseException as error:  # carried to the thread that waits, and raised there
@@ -77,48 +81,22 @@ class Workers:
 
     def __init__(self, count: int, name: str) -> None:
         self._count = count
-        self._name = name
-        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
-        self._changed = threading.Condition(self._lock)
-        self._queue: list[tuple[int, int, Job]] = []
-        self._serial = itertools.count()
-        self._threads: list[threading.Thread] = []
-        self._closed = False
+        # They wait as long as it takes: a thread may own what its jobs go through.
+        self._crew = Crew(Job.take, _run, _nothing, name=name, linger_s=None)
 
     def begin(self, job: Job, *, priority: int = 0) -> Job:
         """Have a job done, and give it back; lower numbers come first, and of equal ones the earlier."""
-        with self._lock:
-            self._closed = False
-            heapq.heappush(self._queue, (priority, next(self._serial), job))
-            if len(self._threads) < self._count:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()  # first: one that an interrupt kept from starting must not be counted
-                self._threads.append(thread)
-            self._changed.notify()
+        self._crew.begin(job, priority, self._count)
         return job
 
     def close(self) -> None:
-        """Give up what waits, finish what runs, end the threads."""
-        with self._lock:
-            self._closed = True
-            waiting = [job for *_, job in self._queue]
-            self._queue.clear()
-            threads, self._threads = self._threads, []
-            self._changed.notify_all()
-        for job in waiting:
-            job.cancel()
-        for thread in threads:
-            thread.join()
+        """Give up what waits and what runs, end the threads."""
+        self._crew.close(Job.cancel)
 
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            job.run()
-            del job  # what it refers to must not live on in a thread that waits
 
-    def _next(self) -> Job | None:
-        with self._lock:
-            while not self._queue:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            return heapq.heappop(self._queue)[2]
+def _run(_: Job, job: Job, __: None) -> None:
+    job.run()
+
+
+def _nothing() -> None:
+    """What a thread has for its jobs."""
