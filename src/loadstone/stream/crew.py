@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Tool = TypeVar("Tool")
 
 # How long a thread without work waits for more before it ends.
-LINGER_S = 1.0
+_LINGER_S = 1.0
 
 
 class Crew(Generic[Lot, Item, Tool]):
@@ -39,7 +39,7 @@ class Crew(Generic[Lot, Item, Tool]):
         *,
         name: str,
         niceness: int = 0,
-        linger_s: float | None = LINGER_S,
+        linger_s: float | None = _LINGER_S,
     ) -> None:
         self._take, self._do, self._tool = take, work, tool
         self._name = name
