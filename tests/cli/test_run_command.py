@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -254,3 +256,23 @@ def test_the_batch_for_which_all_answers_take_the_least_time_is_chosen(chatty_fo
         raise DoesNotFit("too large", shortfall_bytes=size)
 
     assert choose_batch_size(5, 50, nothing_fits) == 1
+
+
+_IN_A_CONTAINER = """
+import sys
+from loadstone.cli.app import main
+from loadstone.hardware import openmp
+openmp.num_cores, openmp.num_bound_cores = lambda: 1, lambda: 2
+try:
+    main()
+except SystemExit as ended:
+    import torch
+    print(ended.code or 0, torch.get_num_threads())
+"""
+
+
+def test_a_container_that_gives_the_time_of_one_core_is_computed_in_with_one_thread(chatty_folder: Path) -> None:
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = (sys.executable, "-c", _IN_A_CONTAINER, "run", str(chatty_folder), "a b", *map(str, QUICK))
+    said = subprocess.run(command, env=unset, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "0 1"

@@ -20,7 +20,7 @@ _LINGER_S = 1.0
 
 
 class Crew(Generic[Lot, Item, Tool]):
-    """Threads that begin with the first lot, and end by themselves when there is nothing to do for long.
+    """Threads that begin with the first lot, and end by themselves when there is nothing to do.
 
     Args:
         take: the next item of a lot, which `work` is called with then; None when it has none left.
@@ -28,7 +28,6 @@ class Crew(Generic[Lot, Item, Tool]):
         tool: makes that.
         name: of the threads.
         niceness: how much they give way to other threads at least, 0 to 19; where the system knows that of threads.
-        linger_s: how long one without work waits for more; None to wait until `close`.
     """
 
     def __init__(
@@ -39,12 +38,10 @@ class Crew(Generic[Lot, Item, Tool]):
         *,
         name: str,
         niceness: int = 0,
-        linger_s: float | None = _LINGER_S,
     ) -> None:
         self._take, self._do, self._tool = take, work, tool
         self._name = name
         self._niceness = niceness
-        self._linger_s = linger_s
         self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
         self._changed = threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Lot]] = []
@@ -104,7 +101,7 @@ class Crew(Generic[Lot, Item, Tool]):
                     if (item := self._take(lot)) is not None:
                         return lot, item
                     heapq.heappop(self._queue)
-                if self._closed or (not self._changed.wait(self._linger_s) and not self._queue):
+                if self._closed or (not self._changed.wait(_LINGER_S) and not self._queue):
                     self._threads.discard(threading.current_thread())
                     return None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
 from collections.abc import Callable
-
-from loadstone.stream.crew import Crew
 
 Work = Callable[["Job"], None]
 
@@ -54,16 +54,12 @@ class Job:
             give_up()
         self._over.wait()
 
-    def take(self) -> Job | None:
-        """Itself, for whoever runs it; None if it was taken or given up."""
-        with self._lock:
-            if self._begun or self.is_cancelled:
-                return None
-            self._begun = True
-            return self
-
     def run(self) -> None:
-        """Do it; it must have been taken."""
+        """Do it, unless it was given up."""
+        with self._lock:
+            if self.is_cancelled:
+                return
+            self._begun = True
         try:
             self._work(self)
         except BaseException as error:  # carried to the thread that waits, and raised there
@@ -74,6 +70,9 @@ class Job:
 class Workers:
     """The threads; they begin with the first job, end at `close`, and begin anew with the next one.
 
+    Unlike those of a `Crew` they stay while there is nothing to do, and take turns: a thread may own the buffer that its
+    jobs go through, and when one of two has been used the other is next.
+
     Args:
         count: how many.
         name: of the threads.
@@ -81,22 +80,48 @@ class Workers:
 
     def __init__(self, count: int, name: str) -> None:
         self._count = count
-        # They wait as long as it takes: a thread may own what its jobs go through.
-        self._crew = Crew(Job.take, _run, _nothing, name=name, linger_s=None)
+        self._name = name
+        self._lock = threading.RLock()  # its `with` ends in one step, that of a condition can be interrupted in between
+        self._changed = threading.Condition(self._lock)
+        self._queue: list[tuple[int, int, Job]] = []
+        self._serial = itertools.count()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
 
     def begin(self, job: Job, *, priority: int = 0) -> Job:
         """Have a job done, and give it back; lower numbers come first, and of equal ones the earlier."""
-        self._crew.begin(job, priority, self._count)
+        with self._lock:
+            self._closed = False
+            heapq.heappush(self._queue, (priority, next(self._serial), job))
+            if len(self._threads) < self._count:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()  # first: one that an interrupt kept from starting must not be counted
+                self._threads.append(thread)
+            self._changed.notify()
         return job
 
     def close(self) -> None:
-        """Give up what waits and what runs, end the threads."""
-        self._crew.close(Job.cancel)
+        """Give up what waits, finish what runs, end the threads."""
+        with self._lock:
+            self._closed = True
+            waiting = [job for *_, job in self._queue]
+            self._queue.clear()
+            threads, self._threads = self._threads, []
+            self._changed.notify_all()
+        for job in waiting:
+            job.cancel()
+        for thread in threads:
+            thread.join()
 
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            job.run()
+            del job  # what it refers to must not live on in a thread that waits
 
-def _run(_: Job, job: Job, __: None) -> None:
-    job.run()
-
-
-def _nothing() -> None:
-    """What a thread has for its jobs."""
+    def _next(self) -> Job | None:
+        with self._lock:
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            return heapq.heappop(self._queue)[2]
