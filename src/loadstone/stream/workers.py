@@ -70,8 +70,8 @@ class Job:
 class Workers:
     """The threads; they begin with the first job, end at `close`, and begin anew with the next one.
 
-    Unlike those of a `Crew` they stay while there is nothing to do, and take turns: a thread may own the buffer that its
-    jobs go through, and when one of two has been used the other is next.
+    Unlike those of a `Crew` they stay while there is nothing to do, and take turns: a thread may own the buffer that
+    its jobs go through, and when one of two has been used the other is next.
 
     Args:
         count: how many.
