@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import loadstone
+from loadstone import compressor
 from loadstone.api.load import Request, carry_out
 from loadstone.execute import grouping, kept, meter, prefetch, residency, sliced, slots, states, turn
 from loadstone.execute.values import Streaming
@@ -120,6 +121,57 @@ def test_an_interrupt_at_any_line_leaves_the_model_usable(
         line += 1
     assert line > 200
     assert torch.equal(run(model), expected)
+
+
+class Interrupted(dict[str, Any]):
+    """A dict into which nothing can be put once."""
+
+    left = 0
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        super().__setitem__(key, value)
+
+
+@pytest.mark.usefixtures("small_grains")
+def test_what_an_interrupt_left_on_its_way_is_over_before_its_unit_comes_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(path, 4096, 64)
+    expected = run(model)
+
+    armed, computing, written, over = (threading.Event() for _ in range(4))
+
+    def expand_one_while_it_is_used(source: Any, destination: Any) -> None:
+        if armed.is_set():
+            armed.clear()
+            computing.wait(0.2)
+            destination[:] = 255
+            written.set()
+            over.wait(0.2)
+        compressor.expand(source, destination)
+
+    def compute(*_: Any) -> None:
+        computing.set()
+        written.wait(0.05)
+
+    model.layers[0].register_forward_pre_hook(compute)
+    model.layers[0].register_forward_hook(lambda *_: over.set())
+    monkeypatch.setattr(compressed, "expand", expand_one_while_it_is_used)
+    ring = loadstone.of(model).residency._ring
+    for number in range(3):
+        for slot in ring.slots:
+            ring._empty(slot)  # so that the first unit is not foreseen
+        ring.where = Interrupted(ring.where)
+        ring.where.left = 1
+        armed.set()
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        for event in (computing, written, over):
+            event.clear()
+        assert torch.equal(run(model), expected), number
 
 
 def test_a_thread_that_computes_keeps_the_turn_however_long_it_takes(path: Path) -> None:

@@ -209,6 +209,11 @@ class Ring:
             slot.batch = filling
 
         self._empty(slot)
+        for other in self.slots:
+            # Left on its way by an interrupt: the same unit, whose front and what is behind it have one place for all
+            # slots, would be expanded there while it is computed with.
+            if other.batch is not None and self.where.get(other.unit) is not other:
+                self._empty(other)
         self._filler.fill(unit, slot.data, priority=priority, known=known)
         slot.state, slot.unit = State.COMING, unit
         self.where[unit] = slot
