@@ -14,8 +14,7 @@ from loadstone.hardware.openmp import fit_threads_to_cores, sleeping_waits
 
 _CHILD = """
 import os, sys
-from loadstone.hardware import cpu, openmp
-from loadstone.hardware.openmp import fit_threads_to_cores, sleeping_waits
+from loadstone.hardware.openmp import sleeping_waits
 if "before" in sys.argv:
     import torch
 with sleeping_waits("wanted" in sys.argv):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from loadstone.hardware.memory import num_bound_cores, num_cores
 
-THREADS = "OMP_NUM_THREADS"
+_THREADS = "OMP_NUM_THREADS"
 _POLICY = "OMP_WAIT_POLICY"
 # Whoever has set one of these knows better.
 _SETTINGS = (_POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -39,7 +39,7 @@ def num_threads() -> int:
 
     Fewer where the user has said so; more than there are cores it does not make.
     """
-    wanted = os.environ.get(THREADS, "").split(",")[0].strip()
+    wanted = os.environ.get(_THREADS, "").split(",")[0].strip()
     return min(num_bound_cores(), int(wanted)) if wanted.isdecimal() and int(wanted) else num_bound_cores()
 
 
@@ -49,5 +49,5 @@ def fit_threads_to_cores() -> None:
     Threads that take turns on a core wait for each other: with two for the time of one core a token took 1.4 times as
     long. For a process of our own, before torch is imported; whatever the user has said stays.
     """
-    if "torch" not in sys.modules and not os.environ.get(THREADS) and num_cores() < num_bound_cores():
-        os.environ[THREADS] = str(num_cores())
+    if "torch" not in sys.modules and not os.environ.get(_THREADS) and num_cores() < num_bound_cores():
+        os.environ[_THREADS] = str(num_cores())

@@ -216,7 +216,7 @@ def _reasons(case: _Case, asked: Asked, layout: Layout, cpu: Cpu) -> Iterator[st
     if asked.device_map is not None and not isinstance(asked.device_map, str):
         yield "placed as the device map says"
     devices = dict.fromkeys(one.compute for one in layout.assignments)
-    if HOST in devices and cpu.num_threads is not None and cpu.num_threads > cpu.num_cores:
+    if HOST in devices and (cpu.num_threads or 0) > cpu.num_cores:
         cores = "1 core" if cpu.num_cores == 1 else f"{cpu.num_cores} cores"
         yield (
             f"torch computes with {cpu.num_threads} threads, but the control group gives this process the time of "
