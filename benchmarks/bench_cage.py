@@ -128,7 +128,8 @@ def run_loadstone(path: Path, case: str, num_tokens: int) -> dict[str, Any]:
     import torch
 
     import loadstone
-    from loadstone.api.load import Request, carry_out
+    from loadstone.api.begun import Request
+    from loadstone.api.load import carry_out
     from loadstone.execute.values import Streaming
 
     layers = int(str(make_checkpoint.GEOMETRIES[GEOMETRY]["num_hidden_layers"]))

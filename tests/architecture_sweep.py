@@ -1,6 +1,7 @@
 """Load tiny checkpoints of every model type with Loadstone and with transformers, and compare everything.
 
 python tests/architecture_sweep.py --kind causal --json sweep.json
+python tests/architecture_sweep.py --kind causal --devices     # cut into three parts, on three fake devices
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -125,24 +127,64 @@ def check(model_type: str, kind: str, dtype: torch.dtype) -> str:
         return f"failed: {'; '.join(found)}" if found else "ok"
 
 
-def child(kind: str, types: list[str]) -> None:
+def check_spread(model_type: str, kind: str) -> str:
+    """Compare one type on three devices, cut wherever a third of its walk ends, with the same on one of them."""
+    import fake_devices
+
+    try:
+        model = builders.tiny_model(model_type, kind)
+        inputs = builders.sample_inputs(model, kind)
+        _outputs(model, inputs)
+    except Exception as error:
+        return f"skipped: cannot be built: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        machine = fake_devices.pretend(patch)
+        load = {"architecture": type(model).__name__, "dtype": "float32"}
+        try:
+            builders.write_checkpoint(model, folder)
+            one = loadstone.load(folder, device="cuda:0", **load)
+            expected = _outputs(one, {key: tensor.to(one.device) for key, tensor in inputs.items()})
+        except Exception as error:
+            return f"skipped: on one device: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        try:
+            spread = loadstone.load(folder, device_map=fake_devices.in_parts(folder, machine), **load)
+            found = _outputs(spread, inputs)
+        except Exception as error:
+            return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    # The last bits of products depend on where their operands lie in memory.
+    pairs = zip(found, expected, strict=True)
+    return "ok" if all(torch.allclose(a, b, 1e-5, 2e-6, equal_nan=True) for a, b in pairs) else "failed: outputs"
+
+
+def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(builders.SEED)
+    with torch.no_grad():
+        return [tensor.cpu() for tensor in builders.flat(model(**inputs))]
+
+
+def child(kind: str, types: list[str], *, spread: bool) -> None:
     """Check types in this process; a line for each."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     for model_type in types:
+        if spread:
+            print(json.dumps([model_type, "torch.float32", check_spread(model_type, kind)]), flush=True)
+            continue
         for dtype in (torch.bfloat16, torch.float32):
             print(json.dumps([model_type, str(dtype), check(model_type, kind, dtype)]), flush=True)
 
 
-def sweep(kind: str, types: list[str]) -> dict[str, str]:
+def sweep(kind: str, types: list[str], *, spread: bool) -> dict[str, str]:
     """Check types in child processes; a type that ends or hangs its process is reported and passed over."""
     results: dict[str, str] = {}
     waiting = list(types)
     while waiting:
         batch, waiting = waiting[:BATCH], waiting[BATCH:]
         command = [sys.executable, __file__, "--kind", kind, "--child", "--types", ",".join(batch)]
+        command += ["--devices"] if spread else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BATCH_S, check=False)
             out, reason = done.stdout, f"process ended with {done.returncode}: {done.stderr[-200:]}"
@@ -165,13 +207,14 @@ def main() -> None:
     parser.add_argument("--kind", default="causal", choices=sorted(builders.KINDS))
     parser.add_argument("--types", help="comma-separated; all of the kind by default")
     parser.add_argument("--json", type=Path, help="write all outcomes here")
+    parser.add_argument("--devices", action="store_true", help="on three fake devices, compared with one of them")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     types = arguments.types.split(",") if arguments.types else builders.model_types(arguments.kind)
     if arguments.child:
-        child(arguments.kind, types)
+        child(arguments.kind, types, spread=arguments.devices)
         return
-    results = sweep(arguments.kind, types)
+    results = sweep(arguments.kind, types, spread=arguments.devices)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     for name, outcome in results.items():

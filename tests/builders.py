@@ -306,14 +306,14 @@ def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Ten
     """All output tensors of a forward pass, flat."""
     torch.manual_seed(SEED)
     with torch.inference_mode():
-        return _tensors(model(**inputs))
+        return flat(model(**inputs))
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def flat(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [tensor for one in value for tensor in _tensors(one)]
+        return [tensor for one in value for tensor in flat(one)]
     return []

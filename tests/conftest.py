@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from loadstone.hardware.spec import Machine
+
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -78,3 +80,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """This machine with three accelerators that compute on the host and refuse each other's tensors."""
+    import fake_devices
+
+    return fake_devices.pretend(monkeypatch)

@@ -11,7 +11,8 @@ import torch
 import builders
 import loadstone
 from loadstone.api import computed
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.checkpoint.cache import cache_folder
 from loadstone.execute.values import Streaming
 

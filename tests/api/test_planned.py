@@ -92,18 +92,6 @@ def test_arguments_that_contradict_a_plan_are_refused(llama_folder: Path) -> Non
         loadstone.load(llama_folder / "model.safetensors", into=nn.Linear, max_memory="1GB")
 
 
-def test_what_cannot_be_carried_out_yet_is_named(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loadstone.api import planned
-
-    box = find_machine("workstation-2x-rtx3090")
-    plan = loadstone.plan(
-        llama_folder, machine=box, device_map={"": "cuda:0", "model.layers.1": "cuda:1", "lm_head": "cuda:1"}
-    )
-    monkeypatch.setattr(planned, "probe", lambda *_: box)
-    with pytest.raises(PlanNotSupported, match=r"computes on cuda:0, cuda:1; expected one device"):
-        loadstone.load(llama_folder, plan=plan)
-
-
 def test_experts_are_not_streamed_to_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -149,3 +137,20 @@ def test_a_block_that_uses_a_weight_inside_it_directly_has_its_numbers(tmp_path:
     assert torch.equal(logits(model), logits(whole))
     with pytest.raises(loadstone.LoadstoneError, match="read from its file only while"):
         model.backbone.layers[0].mixer.conv1d.weight.sum()
+
+
+def test_what_a_wrapper_put_in_front_of_names_does_not_keep_a_plan_from_being_followed(
+    llama_folder: Path, llama_copy: Path
+) -> None:
+    """`torch.compile` and data parallelism do that; nothing was streamed, whatever the plan said."""
+    from safetensors.torch import load_file, save_file
+
+    path = llama_copy / "model.safetensors"
+    save_file({f"module.{name}": one for name, one in load_file(path).items()}, path, metadata={"format": "pt"})
+    model = loadstone.load(llama_copy, device_map=AWAY)
+    expected = loadstone.load(llama_folder, device_map=AWAY)
+    stats, wanted = loadstone.of(model).stats(), loadstone.of(expected).stats()
+    assert stats is not None
+    assert wanted is not None
+    assert (stats.num_units, stats.pass_bytes) == (wanted.num_units, wanted.pass_bytes)
+    assert torch.equal(logits(model), logits(expected))

@@ -71,7 +71,7 @@ def away(tmp_path: Path) -> Path:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Rates(disk_bytes_per_s=1.75e9)
-    monkeypatch.setattr("loadstone.api.assemble.known_rates", lambda *_: rates)
+    monkeypatch.setattr("loadstone.api.reported.known_rates", lambda *_: rates)
 
 
 def run(

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders
 import loadstone
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.execute.assist import Assist
 from loadstone.execute.values import Streaming
 

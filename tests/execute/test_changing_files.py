@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import loadstone
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.errors import FileChanged, LoadstoneError
 from loadstone.execute.values import Streaming
 

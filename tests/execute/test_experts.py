@@ -24,7 +24,8 @@ from test_gguf_families import CASES, build, gguf_tensors, metadata
 import builders
 import loadstone
 from gguf_builders import Gguf, Stored
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.errors import FileChanged, StreamedModel
 from loadstone.execute.values import Streaming, StreamStats
 

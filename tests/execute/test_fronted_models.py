@@ -17,7 +17,8 @@ from torch import nn
 
 import builders
 import loadstone
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.errors import FileChanged
 from loadstone.execute.values import Streaming
 from loadstone.hardware.memory import PeakWatch, resident

@@ -15,7 +15,8 @@ from torch import nn
 
 import loadstone
 from loadstone import compressor
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.execute import grouping, kept, meter, prefetch, residency, sliced, slots, states, turn
 from loadstone.execute.values import Streaming
 from loadstone.stream import compressed, from_files, fronts, read, refill, rows

@@ -23,7 +23,8 @@ from test_states import away, hooks
 import builders
 import loadstone
 from loadstone.api import assemble
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.checkpoint.open import open_checkpoint
 from loadstone.errors import FileChanged, PlanNotSupported, StreamedModel, TruncatedFile
 from loadstone.execute.values import Streaming

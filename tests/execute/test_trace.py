@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import loadstone
-from loadstone.api.load import Request, carry_out
+from loadstone.api.begun import Request
+from loadstone.api.load import carry_out
 from loadstone.errors import DestinationError
 from loadstone.events import NO_TRACE
 from loadstone.execute.trace import Recording, block_names, recorded

@@ -9,9 +9,11 @@ from loadstone.errors import DeviceUnavailable, DoesNotFit
 from loadstone.hardware.spec import Rates
 from loadstone.plan.budget import Process
 from loadstone.plan.cost import simulate
+from loadstone.plan.facts import facts_of
 from loadstone.plan.make import make_plan
 from loadstone.plan.reserve import KERNEL_BYTES, PACKING_BYTES
-from loadstone.plan.values import DISK, HOST, Asked, Plan, Run
+from loadstone.plan.units import inventory
+from loadstone.plan.values import DISK, HOST, Asked, Plan, Run, UnitKind
 
 SHORT = Run(context=64, prompt_tokens=16)
 # 40 blocks of 2.1 MB, tables of 1 MB.
@@ -133,7 +135,7 @@ def test_few_tokens_are_computed_where_the_weights_lie_and_many_on_the_gpu() -> 
 
 def test_a_gpu_is_served_from_the_disk_where_the_host_has_no_room() -> None:
     gpu = 600_000_000 + 96_000_000 + 50_000_000
-    plan = make_plan(MODEL, machine(50_000_000, gpu), Asked(run=Run(context=1000, prompt_tokens=1000)))
+    plan = make_plan(MODEL, machine(102_000_000, gpu), Asked(run=Run(context=1000, prompt_tokens=1000)))
     assert {one.home for one in plan.placements if one.is_streamed} >= {DISK}
     assert all(one.compute == "cuda:0" for one in plan.placements)
     # On their way two blocks are in host memory, each of their eight tensors as far into a page as in its file.
@@ -235,3 +237,49 @@ def test_more_threads_than_a_group_gives_time_for_are_planned_and_told() -> None
         "torch computes with 64 threads, but the control group gives this process the time of 4 cores only: "
         "OMP_NUM_THREADS=4 is faster"
     ]
+
+
+def test_what_is_streamed_to_a_gpu_of_a_mixture_are_whole_layers() -> None:
+    """A GPU computes with a parameter that holds all experts of a layer, so that they come together."""
+    model = llama(layers=6, experts=8, width=128, inner=700)
+    gpu = 600_000_000 + 96_000_000 + 4 * model.nbytes // 5
+    asked = Asked(run=SHORT, device="cuda:0")
+    plan = make_plan(model, machine(400_000_000, gpu), asked)
+    streamed = [one for one in plan.placements if one.is_streamed and one.kind is not UnitKind.EMBEDDING]
+    assert streamed
+    assert {one.kind for one in streamed} == {UnitKind.BLOCK}
+    units = inventory(model, facts_of(model.config), plan.dtype).placed([one.unit for one in plan.placements])
+    assert all(units[one.unit].expert_tensors == 3 * 8 for one in streamed)
+    assert sorted(name for unit in units.values() for name in unit.tensors) == sorted(model.tensors)
+    assert any("a layer comes with all of its experts" in reason for reason in plan.reasons)
+    ring = plan.devices[0].reservation.slot_bytes
+    assert ring >= plan.num_slots * max(one.home_bytes for one in streamed)
+
+
+def test_the_experts_of_a_layer_are_on_one_device() -> None:
+    """The host computes what a GPU cannot keep, layer by layer of experts."""
+    model = llama(layers=6, experts=8, width=128, inner=700)
+    gpu = 600_000_000 + 96_000_000 + model.nbytes // 2
+    plan = make_plan(model, machine(2_000_000_000, gpu, compute=True), Asked(run=Run(context=2000, prompt_tokens=1)))
+    homes: dict[int, set[str]] = {}
+    for one in plan.placements:
+        if one.kind is UnitKind.EXPERT:
+            homes.setdefault(one.order, set()).add(one.compute)
+    assert set(plan.computing) == {"cuda:0", HOST}
+    assert {len(devices) for devices in homes.values()} == {1}
+    assert plan.reasons[-1].startswith("the host computes what no accelerator keeps")
+
+
+def test_of_several_gpus_one_is_streamed_to() -> None:
+    """Both links are no faster than one where passes go through the devices one after another."""
+    gpu = 600_000_000 + 96_000_000 + MODEL.nbytes // 3
+    plan = make_plan(
+        MODEL, machine(400_000_000, gpu, gpu, compute=True), Asked(run=Run(context=512, prompt_tokens=500))
+    )
+    streamed = {one.compute for one in plan.placements if one.is_streamed}
+    assert set(plan.computing) == {"cuda:0", "cuda:1"}
+    assert len(streamed) == 1
+    words = f"what does not stay is brought to {streamed.pop()}; the others keep what they compute"
+    assert words in plan.reasons
+    orders = [one.compute for one in plan.placements if one.kind is UnitKind.BLOCK]
+    assert len([pair for pair in pairwise(orders) if pair[0] != pair[1]]) == 1

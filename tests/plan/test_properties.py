@@ -66,8 +66,7 @@ def units_of(checkpoint: Checkpoint, plan: Plan) -> Inventory:
 def placed_units(checkpoint: Checkpoint, plan: Plan) -> dict[str, Unit]:
     """The units that the placements name, found in the checkpoint again."""
     found = units_of(checkpoint, plan)
-    known = {part.name: part for unit in found.units for part in (unit, *found.parts(unit))}
-    return {placement.unit: known[placement.unit] for placement in plan.placements}
+    return found.placed([placement.unit for placement in plan.placements])
 
 
 @pytest.mark.parametrize("seed", range(4))

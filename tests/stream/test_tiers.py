@@ -21,8 +21,9 @@ from loadstone.hardware.fake import FakeLink, FakeMoved
 from loadstone.stream import onward
 from loadstone.stream.destination import Destination
 from loadstone.stream.refill import Wanted
-from loadstone.stream.sources import FileSource, Keep, MemorySource, Source, Way
+from loadstone.stream.sources import FileSource, MemorySource, Source
 from loadstone.stream.transfer import NoLink
+from loadstone.stream.way import Keep, Way
 from loadstone.stream.workers import Job, Workers
 
 SIZE, COUNT = 64, 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -13,28 +13,26 @@ from math import prod
 import torch
 from torch import nn
 
+from loadstone.api.begun import Begun
 from loadstone.api.computed import Known, with_computed
-from loadstone.api.load import Begun
+from loadstone.api.planned import main_device
+from loadstone.api.reported import FinishReport, Told, reporter
 from loadstone.architecture.blueprint import Blueprint, Surroundings
 from loadstone.architecture.keymap import Assignment, KeyMap, Target
 from loadstone.architecture.keymap_text import keymap_line, keymap_samples
 from loadstone.architecture.match import Rules, check_assignments, check_missing, check_unexpected, unwrapped
 from loadstone.architecture.plain import PlainModule
 from loadstone.architecture.skeleton import Slot, slots_of
-from loadstone.checkpoint.cache import cache_folder
 from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.dtypes import DTYPES
 from loadstone.execute.adopt import Origin, adopting, homes_of
 from loadstone.execute.attach import attach
 from loadstone.execute.residency import Residency
 from loadstone.execute.streamed import Streamed, by_modules, choose_streamed
-from loadstone.hardware.measured import known_rates
-from loadstone.hardware.memory import ResidentBytes
 from loadstone.hardware.probe import devices_here
 from loadstone.plan.choose import Choice, choose_device
-from loadstone.plan.load_peak import LoadPeak, load_peak
+from loadstone.plan.load_peak import load_peak
 from loadstone.plan.values import HOST
-from loadstone.report.load_report import CudaMemory, LoadReport
 from loadstone.report.streaming import beside_slots
 from loadstone.stream.materialize import Materialized, Materializer, torch_dtype
 from loadstone.stream.refill import Wanted as Filled
@@ -43,8 +41,6 @@ from loadstone.units import format_bytes
 
 # How many names a stage shows to those who want to see how loading works.
 _SAMPLES = 4
-
-FinishReport = Callable[[ResidentBytes, float], LoadReport]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +51,6 @@ class _Mapped:
     slots: Mapping[str, Slot]
     keymap: KeyMap
     targets: Mapping[str, Target]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Told:
-    """What the stages decided, for the report."""
-
-    device: Choice
-    foretold: LoadPeak
     notes: tuple[str, ...]
 
 
@@ -101,7 +88,7 @@ def assemble(begun: Begun) -> Assembled:
         told.text = f"{blueprint.name} on meta, {len(slots):,} tensors, no memory"
         told.lines = tuple(f"{slot.fqn} {list(slot.shape)} {slot.dtype}" for slot in islice(slots.values(), _SAMPLES))
     device = _device(begun, slots)
-    checkpoint = unwrapped(begun.checkpoint, slots, getattr(module, "base_model_prefix", ""))
+    begun, checkpoint = _unwrapped(begun, slots, module)
     materializer = Materializer(checkpoint, begun.ahead, torch_device(device.value))
     with recorder.stage("key map") as told:
         mapped = _map(begun, blueprint, module, slots, (checkpoint, materializer))
@@ -112,16 +99,14 @@ def assemble(begun: Begun) -> Assembled:
         streamed = _streamed(begun, mapped, checkpoint)
         resident = _without(mapped.keymap, streamed)
         notes += tuple(streamed.notes)
-        foretold = load_peak(resident, checkpoint.tensors, mapped.targets, begun.ahead.is_mappable)
+        elsewhere = _elsewhere(begun, resident)
+        resident_there = _on_host(resident, device.value, elsewhere)
+        foretold = load_peak(resident_there, checkpoint.tensors, mapped.targets, begun.ahead.is_mappable)
         if not mapped.keymap.conversions:  # what conversions make is known only when they have run
             notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
     with recorder.stage("tensors") as told:
-        made = materializer.run(resident, mapped.targets)
-        blueprint.place(module, {**made.tensors, **streamed.stand_ins})
-        streamed.note_placed(module)
-        told.text = (
-            f"{format_bytes(made.mapped_bytes)} mapped where they lie, {format_bytes(made.read_bytes)} read and decoded"
-        )
+        made = materializer.run(resident, mapped.targets, elsewhere)
+        told.text = _placed(blueprint, module, made, streamed)
         told.lines = tuple(_tensor_line(made, fqn) for fqn in islice(made.tensors, _SAMPLES))
     with recorder.stage("ties, buffers, eval") as told:
         if mapped.keymap.conversions:
@@ -131,10 +116,28 @@ def assemble(begun: Begun) -> Assembled:
     with recorder.stage("generation config") as told:
         told.text = _generation_config(begun, module)
     origin = _origin(mapped, checkpoint, module, made.tensors)
-    residency = _attached(begun, module, streamed, origin)
+    residency = _made_to_run(begun, module, streamed, origin)
     foretold = replace(foretold, streaming_bytes=_streaming_bytes(begun, residency))
-    finish_report = _reporter(begun, blueprint, module, made, _Told(device=device, foretold=foretold, notes=notes))
+    finish_report = reporter(begun, blueprint, module, made, Told(device=device, foretold=foretold, notes=notes))
     return Assembled(model=module, finish_report=finish_report, residency=residency, origin=origin)
+
+
+def _placed(blueprint: Blueprint, module: nn.Module, made: Materialized, streamed: Streamed) -> str:
+    """Put tensors, and what stands for those that are streamed, into the module; gives a line about them."""
+    blueprint.place(module, {**made.tensors, **streamed.stand_ins})
+    streamed.note_placed(module)
+    return f"{format_bytes(made.mapped_bytes)} mapped where they lie, {format_bytes(made.read_bytes)} read and decoded"
+
+
+def _unwrapped(begun: Begun, slots: Mapping[str, Slot], module: nn.Module) -> tuple[Begun, Checkpoint]:
+    """The checkpoint without what a wrapper put in front of its names, and the same with what is said of them."""
+    checkpoint = unwrapped(begun.checkpoint, slots, getattr(module, "base_model_prefix", ""))
+    if checkpoint is begun.checkpoint:
+        return begun, checkpoint
+    names = dict(zip(begun.checkpoint.tensors, checkpoint.tensors, strict=True))
+    streaming = None if begun.streaming is None else begun.streaming.renamed(names)
+    devices = {names[name]: device for name, device in begun.devices.items()}
+    return replace(begun, streaming=streaming, devices=devices), checkpoint
 
 
 def _origin(mapped: _Mapped, checkpoint: Checkpoint, module: nn.Module, loaded: Mapping[str, torch.Tensor]) -> Origin:
@@ -174,6 +177,17 @@ def _without(keymap: KeyMap, streamed: Streamed) -> KeyMap:
     return replace(keymap, assignments=tuple(kept))
 
 
+def _made_to_run(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origin) -> Residency | None:
+    """Have a module run that is not wholly in the memory of one device; gives its residency, if it is streamed."""
+    residency = _attached(begun, module, streamed, origin)
+    if begun.devices:
+        with begun.recorder.stage("dispatch") as told:
+            from loadstone.execute.dispatch import dispatch
+
+            told.text = f"inputs go to {dispatch(module)}, and from there to where each module is"
+    return residency
+
+
 def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origin) -> Residency | None:
     """The residency of a model that is streamed, told as a stage."""
     streaming = begun.streaming
@@ -192,6 +206,20 @@ def _attached(begun: Begun, module: nn.Module, streamed: Streamed, origin: Origi
         if stats.room_bytes:
             told.text += f"; of experts those that are chosen, of which {format_bytes(stats.room_bytes)} stay"
     return residency
+
+
+def _elsewhere(begun: Begun, keymap: KeyMap) -> dict[str, torch.device]:
+    """Where tensors go, by fqn, and what conversions make, by their names; empty where one device computes."""
+    filled = {one.target: one.parts[0].source for one in keymap.assignments}
+    filled |= {one.name: one.sources[0] for one in keymap.conversions if one.sources}
+    return {fqn: torch_device(begun.devices[name]) for fqn, name in filled.items() if name in begun.devices}
+
+
+def _on_host(keymap: KeyMap, device: str, elsewhere: Mapping[str, torch.device]) -> KeyMap:
+    """What fills host memory; what torch converts is made there, wherever it goes."""
+    usual = torch_device(device)
+    kept = [one for one in keymap.assignments if elsewhere.get(one.target, usual).type == HOST]
+    return replace(keymap, assignments=tuple(kept))
 
 
 def _streaming_bytes(begun: Begun, residency: Residency | None) -> int:
@@ -249,9 +277,12 @@ def _described_in(begun: Begun) -> str:
 def _device(begun: Begun, slots: Mapping[str, Slot]) -> Choice:
     with begun.recorder.stage("placement") as told:
         nbytes = sum(prod(slot.shape) * DTYPES[slot.dtype].bits // 8 for slot in slots.values() if slot.dtype in DTYPES)
-        wanted = begun.request.device if begun.plan is None else begun.plan.placements[0].compute
-        wanted = wanted if begun.streaming is None else begun.streaming.device
+        wanted = begun.request.device if begun.plan is None else main_device(begun.plan)
+        wanted = wanted if begun.plan is not None or begun.streaming is None else begun.streaming.device
         device = choose_device(devices_here(), wanted, nbytes)
+        others = [one for one in dict.fromkeys(begun.devices.values()) if one != device.value]
+        if others:
+            device = replace(device, reason=f"the first block computes there; others on {', '.join(others)}")
         told.text = f"{device.value}: {device.reason}"
     return device
 
@@ -330,66 +361,3 @@ def _generation_config(begun: Begun, module: nn.Module) -> str:
     from loadstone.architecture.transformers import adopt_generation_config
 
     return adopt_generation_config(module, begun.checkpoint.root)
-
-
-def _reporter(
-    begun: Begun,
-    blueprint: Blueprint,
-    module: nn.Module,
-    made: Materialized,
-    told: _Told,
-) -> FinishReport:
-    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-
-    def finish(peak: ResidentBytes, seconds: float) -> LoadReport:
-        return LoadReport(
-            source=begun.request.name,
-            model_class=blueprint.name,
-            chosen_by=blueprint.chosen_by,
-            files=tuple(str(file.path) for file in begun.checkpoint.files),
-            num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-            weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-            dtype=begun.dtype,
-            device=told.device,
-            attention=_attention(begun, module),
-            phases=tuple(begun.recorder.finished),
-            seconds=seconds,
-            mapped_bytes=made.mapped_bytes,
-            read_bytes=made.read_bytes,
-            read_s=made.read_s,
-            paged_bytes=begun.ahead.paged_bytes,
-            paged_s=begun.ahead.paged_s,
-            before=begun.before,
-            peak=peak,
-            rates=known_rates(begun.checkpoint.files[0].path, cache_folder()),
-            foretold=told.foretold,
-            plan=begun.plan,
-            cuda=_cuda_memory(told.device.value),
-            notes=told.notes,
-        )
-
-    return finish
-
-
-def _attention(begun: Begun, module: nn.Module) -> Choice:
-    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if chosen is None:
-        return Choice(value="its own", reason="the class does not say")
-    if begun.request.attn_implementation is not None:
-        return Choice(value=chosen, reason="asked for")
-    if chosen == "sdpa":
-        return Choice(value=chosen, reason="torch's fused attention, which this class supports")
-    return Choice(value=chosen, reason="the class supports nothing faster here")
-
-
-def _cuda_memory(device: str) -> CudaMemory | None:
-    if torch_device(device).type != "cuda":
-        return None
-    stats = torch.cuda.memory_stats(device)
-    return CudaMemory(
-        allocated_bytes=stats["allocated_bytes.all.current"],
-        reserved_bytes=stats["reserved_bytes.all.current"],
-        peak_bytes=stats["allocated_bytes.all.peak"],
-        fragmented_bytes=stats["inactive_split_bytes.all.current"],
-        num_retries=stats["num_alloc_retries"],
-    )

@@ -5,13 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.api.begun import Begun, Request
 from loadstone.api.described import described
 from loadstone.api.pause import paused_gc
-from loadstone.api.planned import Wishes, plan_line, planned, streaming_of
+from loadstone.api.planned import (
+    Wishes,
+    asks_torch,
+    devices_of,
+    plan_line,
+    planned,
+    planned_with_torch,
+    streaming_of,
+)
 from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import tensor_targets
 from loadstone.architecture.keymap import RenameRules
@@ -27,7 +36,7 @@ from loadstone.dtypes import DTYPES
 from loadstone.errors import InvalidConfig
 from loadstone.events import Observer, Recorder, ignore
 from loadstone.execute.values import States, Streaming
-from loadstone.hardware.memory import PeakWatch, ResidentBytes, host_memory, resident
+from loadstone.hardware.memory import PeakWatch, host_memory, resident
 from loadstone.hardware.openmp import sleeping_waits
 from loadstone.hardware.probe import may_have_accelerator
 from loadstone.plan.choose import Choice, choose_dtype
@@ -42,62 +51,6 @@ if TYPE_CHECKING:
 
 # The part of free memory that mapped files may be brought into: beyond it they would push out each other.
 _PREFAULT_SHARE = 0.8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The arguments of `load`, checked; see there."""
-
-    source: Source
-    architecture: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    attn_implementation: str | None = None
-    access: HubAccess = field(default_factory=HubAccess)
-    excerpt: Excerpt = field(default_factory=Excerpt)
-    trust_remote_code: bool = False
-    strict: bool = True
-    allow_missing: tuple[str, ...] = ()
-    into: Callable[..., nn.Module] | None = None
-    config: Mapping[str, Any] | None = None
-    rename: RenameRules | None = None
-    convert: Callable[..., Any] | None = None
-    wishes: Wishes = field(default_factory=Wishes)
-    streaming: Streaming | None = None
-
-    @property
-    def name(self) -> str:
-        """The source as people call it."""
-        if isinstance(self.source, str | Path):
-            return str(self.source)
-        return ", ".join(str(part) for part in self.source)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
-    """A load whose bytes are under way.
-
-    Attributes:
-        request: what was asked for.
-        checkpoint: what the headers say.
-        dtype: the floating-point dtype.
-        plan: what is followed; None where everything fits with room to spare.
-        streaming: what is read anew in each pass.
-        ahead: the bytes.
-        recorder: the stages so far.
-        start: when it began, on the clock of `time.perf_counter`.
-        before: resident memory then.
-    """
-
-    request: Request
-    checkpoint: Checkpoint
-    dtype: Choice
-    plan: Plan | None
-    streaming: Streaming | None
-    ahead: Ahead
-    recorder: Recorder
-    start: float
-    before: ResidentBytes
 
 
 def load(
@@ -240,7 +193,7 @@ def carry_out(request: Request, observer: Observer = ignore) -> nn.Module:
             from loadstone.api.assemble import assemble
 
             told.text = "torch and the model code, while the weights are on their way"
-        made = assemble(begun)
+        made = assemble(_planned_with_torch(begun))
         with begun.recorder.stage("page in") as told:
             begun.ahead.wait_for_pages()
             check_unchanged(begun.checkpoint.files)
@@ -293,6 +246,7 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
         dtype=dtype,
         plan=plan,
         streaming=streaming,
+        devices={} if plan is None else devices_of(plan, checkpoint),
         ahead=ahead,
         recorder=recorder,
         start=start,
@@ -314,8 +268,28 @@ def _planned(
     with recorder.stage("plan") as told:
         plan = planned(checkpoint, request, dtype.value)
         told.text = plan_line(plan)
+        if plan is None and asks_torch(request):
+            told.text = "when torch is there, which can tell of accelerators"
         told.lines = plan.reasons if plan is not None else ()
     return plan, None if plan is None else streaming_of(plan, checkpoint)
+
+
+def _planned_with_torch(begun: Begun) -> Begun:
+    """The same with a plan, where an accelerator is here and the model does not fit on it with ease."""
+    request, checkpoint = begun.request, begun.checkpoint
+    if begun.plan is not None or request.into is not None or request.streaming is not None:
+        return begun
+    plan = planned_with_torch(checkpoint, request, begun.dtype.value)
+    if plan is None:
+        return begun
+    with begun.recorder.stage("plan for accelerators") as told:
+        told.text, told.lines = plan_line(plan), plan.reasons
+    streaming, devices = streaming_of(plan, checkpoint), devices_of(plan, checkpoint)
+    begun = replace(begun, plan=plan, streaming=streaming, devices=devices)
+    if plan.streams or devices:
+        begun.ahead.stop_paging()  # from now on only of what the host computes
+        _set_in_motion(begun)
+    return begun
 
 
 def read_headers(source: Source, access: HubAccess, recorder: Recorder, excerpt: Excerpt | None = None) -> Checkpoint:
@@ -377,8 +351,10 @@ def _set_in_motion(begun: Begun) -> None:
     if begun.plan is None and total_bytes > _PREFAULT_SHARE * host_memory()[1]:
         return  # what comes in now would push out what came before
     on_cpu = request.device == "cpu" or (request.device is None and not may_have_accelerator())
-    decode = on_cpu and request.convert is None
-    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=decode, skip=streamed)
+    # What goes to accelerators is read straight into page-locked memory later.
+    away = frozenset(name for name, device in begun.devices.items() if device != HOST)
+    decode = (on_cpu or len(away) < len(begun.devices)) and request.convert is None
+    begun.ahead.begin(checkpoint, _likely_dtype(begun), decode=decode, skip=streamed | away)
 
 
 def _likely_dtype(begun: Begun) -> Callable[[TensorInfo], str]:

@@ -69,6 +69,12 @@ def offload(
             f"{type(model).__name__}: expected a model that is wholly in memory, found one that is streamed already; "
             "call loadstone.of(model).restore() first, or load it again."
         )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if known is not None and known.plan is not None and len(known.plan.computing) > 1 and len(devices) > 1:
+        raise ValueError(
+            f"{type(model).__name__}: expected a module whose parameters are on one device, found them on "
+            f"{', '.join(devices)}; move it to one of them, or load it with device=."
+        )
     asked = Asked(
         device=None if device is None else str(device),
         max_memory=max_memory,
@@ -127,8 +133,8 @@ def _arranged(model: nn.Module, choice: Chosen, known: Loaded | None, *, fresh: 
     from loadstone.api.supply import DiskSupply, MemorySupply
     from loadstone.execute.offload import Arrangement, arranged
     from loadstone.stream.destination import Destination
-    from loadstone.stream.sources import Way
     from loadstone.stream.transfer import torch_device
+    from loadstone.stream.way import Way
 
     device = torch_device(choice.device)
     arrangement = Arrangement(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from loadstone.execute.adopt import Origin
     from loadstone.execute.divide import Part
-    from loadstone.stream.sources import Keep
+    from loadstone.stream.way import Keep
 
 # Of what is free on the device, where nobody says how much; caches and activations need some too.
 _USUAL_SHARE = 0.8
@@ -143,7 +143,7 @@ def _chosen(
     model: nn.Module, states: States, machine: Machine, max_memory: str | int | None, rearranged: Mapping[str, int]
 ) -> Chosen:
     from loadstone.execute.divide import divided
-    from loadstone.stream.sources import Keep
+    from loadstone.stream.way import Keep
 
     device = device_id(states.computing[0], machine)
     rounding = _rounding(model, states)

@@ -131,8 +131,9 @@ def tensors_by_unit(source: Source, made: Plan, access: HubAccess, excerpt: Exce
         excerpt: which part of the source the plan was made for.
     """
     checkpoint = _opened(source, access, excerpt, ignore)
-    units = inventory(checkpoint, facts_of(checkpoint.config), made.dtype).units
-    return {unit.name: [checkpoint.tensors[name] for name in unit.tensors] for unit in units}
+    found = inventory(checkpoint, facts_of(checkpoint.config), made.dtype)
+    units = found.placed([placement.unit for placement in made.placements])
+    return {name: [checkpoint.tensors[tensor] for tensor in unit.tensors] for name, unit in units.items()}
 
 
 def _opened(source: Source, access: HubAccess, excerpt: Excerpt, observer: Observer) -> Checkpoint:

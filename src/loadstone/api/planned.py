@@ -27,7 +27,7 @@ from loadstone.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
-    from loadstone.api.load import Request
+    from loadstone.api.begun import Request
 
 # Weights of which this many times the bytes, and this much beside them, are free need no plan: making one for tens of
 # thousands of tensors takes longer than loading them.
@@ -103,14 +103,38 @@ def planned(checkpoint: Checkpoint, request: Request, dtype: str) -> Plan | None
     if wishes.plan is not None:
         return _given(wishes.plan, checkpoint)
     check_run(wishes.run)
-    on_host = request.device == HOST or not may_have_accelerator()
-    if not wishes.limits and (not on_host or _fits_with_ease(checkpoint, dtype, wishes.run)):
+    if not wishes.limits and (asks_torch(request) or _easy_bytes(checkpoint, dtype, wishes.run) < host_memory()[1]):
+        return None
+    return _best(checkpoint, request, probe(checkpoint.root))
+
+
+def asks_torch(request: Request) -> bool:
+    """Whether an accelerator may be used, of which only torch can tell."""
+    return request.device != HOST and may_have_accelerator()
+
+
+def planned_with_torch(checkpoint: Checkpoint, request: Request, dtype: str) -> Plan | None:
+    """The plan of a load that was begun without one, once torch can tell of accelerators; see `planned`.
+
+    Returns:
+        A plan, or None where there is no accelerator, or one on which everything fits with room to spare.
+    """
+    if request.wishes.limits or not asks_torch(request):
         return None
     machine = probe(checkpoint.root)
+    wanted = f"{request.device}:0" if request.device in {"cuda", "xpu"} else request.device
+    usable = [one for one in machine.devices if one.kind != "cpu" and wanted in (None, one.id)]
+    needed_bytes = _easy_bytes(checkpoint, dtype, request.wishes.run)
+    if not usable or any(needed_bytes < one.free_bytes for one in usable):
+        return None
+    return _best(checkpoint, request, machine)
+
+
+def _best(checkpoint: Checkpoint, request: Request, machine: Machine) -> Plan | None:
     try:
         made = _made(checkpoint, machine, _asked(request, machine))
     except DoesNotFit as error:
-        if wishes.limits or error.shortfall_bytes < _ABSURD_BYTES:
+        if request.wishes.limits or error.shortfall_bytes < _ABSURD_BYTES:
             raise
         return None  # no model is that large: the config lies, and its class will say in what
     check_supported(made)
@@ -125,13 +149,14 @@ def _given(plan: Plan, checkpoint: Checkpoint) -> Plan:
     return plan
 
 
-def _fits_with_ease(checkpoint: Checkpoint, dtype: str, run: Run) -> bool:
+def _easy_bytes(checkpoint: Checkpoint, dtype: str, run: Run) -> int:
+    """What must be free where no plan is needed."""
     cache_bytes = (kv_cache_bytes_per_token(checkpoint.config or {}, 32) or 0) * run.context * run.batch
     bits = DTYPES[dtype].bits
     nbytes = sum(
         max(info.numel * bits // 8, nbytes_of(DTYPES[info.dtype], info.numel)) for info in checkpoint.tensors.values()
     )
-    return _EASY_FACTOR * nbytes + cache_bytes + _EASY_BYTES < host_memory()[1]
+    return int(_EASY_FACTOR * nbytes) + cache_bytes + _EASY_BYTES
 
 
 def _asked(request: Request, machine: Machine) -> Asked:
@@ -152,15 +177,19 @@ def _made(checkpoint: Checkpoint, machine: Machine, asked: Asked) -> Plan:
     plan = make_plan(checkpoint, machine, asked, process_at_hand(is_here=True), str(checkpoint.root))
     if _is_supported(plan) or asked.device is not None or asked.device_map is not None:
         return plan
-    # Several devices: one that everything fits on is not there, but the host can be streamed to.
+    # It cannot be carried out, but the host can be streamed to.
     return make_plan(
         checkpoint, machine, replace(asked, device=HOST), process_at_hand(is_here=True), str(checkpoint.root)
     )
 
 
 def _is_supported(plan: Plan) -> bool:
-    places = {placement.compute for placement in plan.placements}
-    return len(places) == 1 and not _sends_experts(plan)
+    return len(_streamed_to(plan)) < 2 and not _sends_experts(plan)
+
+
+def _streamed_to(plan: Plan) -> list[str]:
+    """The devices that something is streamed to."""
+    return sorted({placement.compute for placement in plan.placements if placement.is_streamed})
 
 
 def _sends_experts(plan: Plan) -> bool:
@@ -172,7 +201,7 @@ def check_supported(plan: Plan) -> None:
     """Refuse what cannot be carried out yet.
 
     Raises:
-        PlanNotSupported: several devices, or experts that are streamed to an accelerator.
+        PlanNotSupported: it streams to several devices, or experts to an accelerator.
     """
     if _sends_experts(plan):
         raise PlanNotSupported(
@@ -180,11 +209,30 @@ def check_supported(plan: Plan) -> None:
             'the host. Pass device="cpu", or a smaller dtype.'
         )
     if not _is_supported(plan):
-        places = sorted({placement.compute for placement in plan.placements})
         raise PlanNotSupported(
-            f"the plan computes on {', '.join(places)}{' and streams' if plan.streams else ''}; expected one device. "
-            "Pass device= for one of them, or a smaller dtype."
+            f"the plan streams to {' and to '.join(_streamed_to(plan))}; expected one device that is streamed to, "
+            "beside others that keep what they compute. Make the plan anew, or pass device= for one of them."
         )
+
+
+def main_device(plan: Plan) -> str:
+    """Where the first block computes: the device that inputs are brought to."""
+    blocks = [one for one in plan.placements if one.kind is UnitKind.BLOCK]
+    return (blocks or list(plan.placements))[0].compute
+
+
+def devices_of(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
+    """Where each tensor is computed with, by its name in the checkpoint; empty where one device computes.
+
+    Args:
+        plan: what goes where.
+        checkpoint: what it was made for.
+    """
+    if len(plan.computing) < 2:
+        return {}
+    found = inventory(checkpoint, facts_of(checkpoint.config), plan.dtype)
+    units = found.placed([placement.unit for placement in plan.placements])
+    return {name: placement.compute for placement in plan.placements for name in units[placement.unit].tensors}
 
 
 def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
@@ -198,12 +246,9 @@ def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
         return None
     away = {placement.unit: placement.home for placement in plan.placements if placement.is_streamed}
     found = inventory(checkpoint, facts_of(checkpoint.config), plan.dtype)
-    device = plan.placements[0].compute
-    tensors: dict[str, str] = {}
-    for whole in found.units:
-        for unit in (whole, *found.parts(whole)):
-            if unit.name in away:
-                tensors |= dict.fromkeys(unit.tensors, unit.name)
+    units = found.placed([placement.unit for placement in plan.placements])
+    device = _streamed_to(plan)[0]
+    tensors = {tensor: name for name in away for tensor in units[name].tensors}
     room = expert_room(plan, found)
     return Streaming(
         num_slots=max(1, plan.num_slots),
@@ -223,9 +268,19 @@ def plan_line(plan: Plan | None) -> str:
     """A plan in a line, for the report."""
     if plan is None:
         return "none needed: everything fits with room to spare"
-    kept = format_bytes(sum(one.kept_bytes if one.is_streamed else one.home_bytes for one in plan.placements))
+    kept = " and ".join(f"{format_bytes(nbytes)} on {device}" for device, nbytes in _kept_bytes(plan).items())
+    if len(_kept_bytes(plan)) < 2:
+        kept = format_bytes(sum(_kept_bytes(plan).values()))
     peak = format_bytes(plan.devices[-1].peak_bytes)
     if not plan.streams:
         return f"{kept} resident, peak at most {peak}"
     slots = "one slot" if plan.num_slots == 1 else f"{plan.num_slots} slots"
     return f"{kept} resident, {format_bytes(plan.streamed_bytes)} read in each pass by {slots}, peak at most {peak}"
+
+
+def _kept_bytes(plan: Plan) -> dict[str, int]:
+    """What is resident on each device that computes."""
+    kept: dict[str, int] = {}
+    for one in plan.placements:
+        kept[one.compute] = kept.get(one.compute, 0) + (one.kept_bytes if one.is_streamed else one.home_bytes)
+    return kept

@@ -251,6 +251,7 @@ class Loaded:
         return _PARKING_PLACES[:1] if self.report.device.value == HOST else _PARKING_PLACES
 
     def _residency(self, what: str) -> Residency:
+        self._refuse_several_devices(what)
         with self._lock:
             if self._arranged is not None:
                 self._refuse_where_it_is(what)
@@ -263,6 +264,13 @@ class Loaded:
             if self.residency is None:
                 raise PlanNotSupported(f"{what}: expected a model that came from files, found one that did not.")
             return self.residency
+
+    def _refuse_several_devices(self, what: str) -> None:
+        if self.plan is not None and len(self.plan.computing) > 1 and self._arranged is None:
+            raise PlanNotSupported(
+                f"{what}: expected a model that computes on one device, found one on {', '.join(self.plan.computing)}; "
+                "drop it, and load it again when it is wanted."
+            )
 
     def _refuse_where_it_is(self, what: str) -> None:
         if not self._parking:

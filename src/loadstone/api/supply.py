@@ -15,9 +15,10 @@ from loadstone.execute.adopt import Origin, adopting, shelving, spilling
 from loadstone.execute.kept import Home
 from loadstone.execute.residency import Adopt
 from loadstone.stream.refill import can_refill
-from loadstone.stream.sources import FileSource, MemorySource, Source, Way
+from loadstone.stream.sources import FileSource, MemorySource, Source
 from loadstone.stream.spill import Spill, wanted_from
 from loadstone.stream.unchanged import are_in_files
+from loadstone.stream.way import Way
 
 Parameters = Mapping[str, nn.Parameter]
 Targets = Mapping[str, Target]

@@ -103,13 +103,14 @@ def _adopted(
         wanted = origin.wanted[fqn]
         if not home.is_unchanged(parameter):
             changed.append(fqn)
-        elif _can_go(*place) and can_refill(wanted, origin.checkpoint.tensors):
+        elif _is_on(parameter, source.device) and _can_go(*place) and can_refill(wanted, origin.checkpoint.tensors):
             chosen.units[fqn], chosen.wanted[fqn] = _unit_of(module, place[0]), wanted
             fqn_by_id[id(parameter)] = fqn
     source.add(chosen.wanted)
     units = _units(module, chosen, fqn_by_id, source, residency, taken)
     _keep(units, origin, source)
-    return Adopted(units=units, fixed_bytes=_fixed_bytes(module, fqn_by_id), changed=tuple(changed))
+    fixed_bytes = _fixed_bytes(module, fqn_by_id, source.device)
+    return Adopted(units=units, fixed_bytes=fixed_bytes, changed=tuple(changed))
 
 
 def shelving(module: nn.Module, source: MemorySource) -> Adopt:
@@ -132,7 +133,7 @@ def _shelved(
     units = _units(module, chosen, fqn_by_id, source, residency, taken)
     for unit in units:
         unit.is_kept, unit.shelf = True, source
-    return Adopted(units=units, fixed_bytes=_fixed_bytes(module, fqn_by_id))
+    return Adopted(units=units, fixed_bytes=_fixed_bytes(module, fqn_by_id, source.device))
 
 
 def spilling(module: nn.Module, source: FileSource, spill: Callable[[Mapping[str, torch.Tensor]], Checkpoint]) -> Adopt:
@@ -172,9 +173,10 @@ def _units(
     return tuple(grouping.units(source.more({**grouping.walked, **grouping.tables}), residency))
 
 
-def _fixed_bytes(module: nn.Module, fqn_by_id: Mapping[int, str]) -> int:
-    """What the parameters take that stay whatever happens."""
-    return sum(parameter.nbytes for _, _, parameter in _parameters(module) if id(parameter) not in fqn_by_id)
+def _fixed_bytes(module: nn.Module, fqn_by_id: Mapping[int, str], device: torch.device) -> int:
+    """What the parameters take, of a device, that stay whatever happens."""
+    there = (parameter for _, _, parameter in _parameters(module) if _is_on(parameter, device))
+    return sum(parameter.nbytes for parameter in there if id(parameter) not in fqn_by_id)
 
 
 def _going(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -218,6 +220,11 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Paramete
                 continue
             seen.add(id(parameter))
             yield path, owner, parameter
+
+
+def _is_on(parameter: nn.Parameter, device: torch.device) -> bool:
+    """Whether a parameter is on a device; one without a number is the only one of its kind."""
+    return parameter.device.type == device.type and device.index in (None, parameter.device.index)
 
 
 def _is_there(module: nn.Module, fqn: str) -> bool:

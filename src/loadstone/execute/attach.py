@@ -18,8 +18,9 @@ from loadstone.execute.streamed import Streamed
 from loadstone.execute.values import Streaming
 from loadstone.plan.values import HOST
 from loadstone.stream.destination import Destination
-from loadstone.stream.sources import FileSource, Keep, Source, Way, host_way
+from loadstone.stream.sources import FileSource, Source
 from loadstone.stream.staying import Stays
+from loadstone.stream.way import Keep, Way, host_way
 
 # What `Residency` calls to find what was loaded to stay, for the source that is to read it again.
 AdoptFrom = Callable[[FileSource], Adopt]

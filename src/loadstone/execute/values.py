@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loadstone.plan.values import DISK
 
@@ -115,6 +115,16 @@ class Streaming:
     slot_bytes: int = 0
     read_bytes: int | None = None
     slices: Mapping[str, int] = field(default_factory=dict)
+
+    def renamed(self, names: Mapping[str, str]) -> Streaming:
+        """The same for a checkpoint whose tensors have other names, by those they had."""
+        return replace(
+            self,
+            tensors=frozenset(names.get(name, name) for name in self.tensors),
+            expert_tensors=frozenset(names.get(name, name) for name in self.expert_tensors),
+            unit_of={names.get(name, name): unit for name, unit in self.unit_of.items()},
+            in_memory=frozenset(names.get(name, name) for name in self.in_memory),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

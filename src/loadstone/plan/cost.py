@@ -183,10 +183,12 @@ def work(unit: Unit, rate: ComputeRate, tokens: int) -> Work:
         return Work()
     if unit.expert_parameters:
         dense, experts = (work(part, rate, tokens) for part in _divided(unit))
+        memory_s, arithmetic_s = dense.memory_s + experts.memory_s, dense.arithmetic_s + experts.arithmetic_s
+        # One comes after the other: where the one waits for memory, the other's arithmetic is no help.
         return Work(
-            memory_s=dense.memory_s + experts.memory_s,
-            arithmetic_s=dense.arithmetic_s + experts.arithmetic_s,
-            steps_s=dense.steps_s,
+            memory_s=memory_s,
+            arithmetic_s=arithmetic_s,
+            steps_s=dense.seconds + experts.seconds - max(memory_s, arithmetic_s),
         )
     touched = touched_share(unit.kind, unit.use_share, tokens)
     steps_s = touched * len(unit.tensors) * (rate.step_s or 0.0)
@@ -204,8 +206,10 @@ def work(unit: Unit, rate: ComputeRate, tokens: int) -> Work:
 def _divided(unit: Unit) -> tuple[Unit, Unit]:
     """A block without its experts, and these."""
     expert_bytes = unit.memory_bytes * unit.expert_parameters // unit.num_parameters
+    num_dense = len(unit.tensors) - unit.expert_tensors
     dense = replace(
         unit,
+        tensors=unit.tensors[:num_dense],
         num_parameters=unit.num_parameters - unit.expert_parameters,
         memory_bytes=unit.memory_bytes - expert_bytes,
         expert_parameters=0,
@@ -213,6 +217,7 @@ def _divided(unit: Unit) -> tuple[Unit, Unit]:
     experts = replace(
         dense,
         kind=UnitKind.EXPERT,
+        tensors=unit.tensors[num_dense:],
         num_parameters=unit.expert_parameters,
         memory_bytes=expert_bytes,
         use_share=unit.expert_share,
@@ -262,6 +267,7 @@ def likeness(unit: Unit) -> tuple[object, ...]:
         unit.stored_bytes,
         unit.num_parameters,
         unit.expert_parameters,
+        unit.expert_tensors,
         len(unit.tensors),
     )
     divided = (unit.front_bytes, unit.compressed_bytes, unit.slice_bytes, unit.table_rows)

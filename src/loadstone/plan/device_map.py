@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loadstone.errors import DeviceUnavailable
@@ -80,7 +81,25 @@ def layout_of(problem: Problem, device_map: Mapping[str, str]) -> Layout | Missi
         raise ValueError(
             f'device_map: "{unused[0]}" is the start of no module here; check it against `loadstone inspect`.'
         )
-    return _with_rings(problem, found)
+    return _with_rings(problem, _with_whole_layers(problem, found))
+
+
+def _with_whole_layers(problem: Problem, found: Sequence[Assignment]) -> list[Assignment]:
+    """The same with a layer and its experts as one, where all of it is brought to an accelerator."""
+    by_order: dict[int, list[Assignment]] = {}
+    for one in found:
+        by_order.setdefault(one.unit.order, []).append(one)
+    joined: list[Assignment] = []
+    for together in by_order.values():
+        first = together[0]
+        if all((one.home, one.compute) == (first.home, first.compute) for one in together):
+            units = [one.unit for one in together]
+            if first.home != first.compute != HOST:
+                units = problem.inventory.whole_layers(units)
+            joined += [replace(first, unit=unit) for unit in units]
+        else:
+            joined += together
+    return joined
 
 
 def _covered(problem: Problem, device_map: Mapping[str, str]) -> Iterable[tuple[Unit, str]]:

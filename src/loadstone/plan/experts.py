@@ -51,7 +51,7 @@ def expert_room(plan: Plan, found: Inventory) -> Room:
         plan: what goes where.
         found: the units that it places.
     """
-    units = {unit.name: unit for whole in found.units for unit in (*found.parts(whole), whole)}
+    units = found.placed([one.unit for one in plan.placements])
     placed = [(units[one.unit], one.is_streamed) for one in plan.placements]
     experts = [(unit, is_streamed) for unit, is_streamed in placed if unit.kind is UnitKind.EXPERT]
     if not any(is_streamed for _, is_streamed in experts):

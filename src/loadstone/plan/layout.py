@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from loadstone.hardware.spec import Device
 from loadstone.plan.budget import SHARED_MEMORY
@@ -20,10 +19,8 @@ from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Unit, UnitKind
 
 _BISECTIONS = 12
-# Trying other borders between devices ends after so many units were placed anew: about a tenth of a second.
+# Trying other ways to share units between devices ends after so many were placed: about a tenth of a second.
 _MOST_TRIED_UNITS = 700
-# Units of which a token needs only a part.
-_SELDOM = (UnitKind.EXPERT, UnitKind.EMBEDDING)
 
 # What stays together on the walk, with its bytes.
 _Step = tuple[int, list[Unit]]
@@ -74,7 +71,7 @@ class Problem:
     def host_workspace(self, computing: Sequence[Unit], num_accelerators: int) -> int:
         """What loading needs on the host beside weights, cache and activations."""
         other = self.cache_of(computing) + self.pass_bytes if computing else 0
-        pinned = PINNED_RING_BYTES * num_accelerators
+        pinned = PINNED_RING_BYTES if num_accelerators else 0
         return self.loading.workspace_bytes(other, self.heap_bytes if computing else 0) + pinned
 
     def cache_of(self, units: Iterable[Unit]) -> int:
@@ -146,7 +143,7 @@ def _ways(problem: Problem) -> Iterator[Layout | Missing]:
     for count in range(1, len(usable) + 1):
         segments = _balanced(problem, steps, usable[:count])
         if segments is not None:
-            whole = _on_accelerators(problem, segments, whole=True)
+            whole = _on_accelerators(problem, segments)
             yield whole
             if isinstance(whole, Layout):
                 return  # all of it is resident; more devices would only pass activations on
@@ -194,67 +191,78 @@ def _on_the_host(problem: Problem, units: Sequence[Unit], num_accelerators: int 
 
 
 def _on_accelerators(
-    problem: Problem, segments: Sequence[tuple[Device, Sequence[Unit]]], *, whole: bool
+    problem: Problem, segments: Sequence[tuple[Device, Sequence[Unit]]], *, served: Device | None = None
 ) -> Layout | Missing:
-    """Every segment on its device; host memory goes to the first that need it."""
+    """Every segment on its device; one of them may be served from host memory and the disk."""
     host_room = problem.host_room((), len(segments))
     placed: dict[str, Placed] = {}
     for device, units in segments:
-        # A device that shares the host's memory gains nothing from units that live there.
-        if not whole and problem.offload:  # whatever of them will come from the disk
-            sizes = [unit.slot_bytes for unit in units if unit.is_slotted]
-            host_room -= NUM_BUFFERS * max(sizes, default=0)
+        if device is served:  # whatever of them will come from the disk
+            host_room -= NUM_BUFFERS * max((unit.slot_bytes for unit in units if unit.is_slotted), default=0)
         if host_room < 0:
             return Missing(nbytes=-host_room)
-        room = 0 if device.kind in SHARED_MEMORY or whole else host_room
+        # A device that shares the host's memory gains nothing from units that live there.
+        room = host_room if device is served and device.kind not in SHARED_MEMORY else 0
         one = place(_segment(problem, device.id, units, room))
         if isinstance(one, Missing):
             return one
         placed[device.id] = one
-        host_room -= one.host_bytes
     return _joined(placed)
 
 
 def _streamed_to(problem: Problem, steps: Sequence[_Step], devices: Sequence[Device]) -> Layout | Missing:
-    """The accelerators with what they cannot keep brought to them; without the smallest where that is faster.
+    """One accelerator is brought what no memory can keep, the first or the last of the walk; the others keep their own.
 
-    One more device takes more of the host for its buffers, and may hold hardly more than a ring itself.
+    Passes go through the devices one after another, so that two links are no faster than one, and each ring takes
+    memory that could hold a block.
     """
-    left = list(devices)
     missing: list[int] = []
     best: Layout | None = None
-    while left:
-        cuts = _in_proportion(steps, [problem.device_room(device.id) for device in left])
-        layout = _on_accelerators(problem, _cut(steps, left, cuts), whole=False)
+    for device, is_first in _servable(problem, devices):
+        others = [one for one in devices if one is not device]
+        layout = _on_accelerators(problem, _shares(problem, steps, device, others, is_first=is_first), served=device)
         if isinstance(layout, Missing):
             missing.append(layout.nbytes)
-        else:
-            layout = _better_cuts(problem, steps, left, cuts, layout)
-            if best is None or _run_s(problem, layout) < _run_s(problem, best):
-                best = layout
-            if len(devices) * len(problem.inventory.units) > _MOST_TRIED_UNITS:
-                break
-        left.remove(min(left, key=lambda device: problem.device_room(device.id)))
+        elif best is None or _run_s(problem, layout) < _run_s(problem, best):
+            best = layout
+        if best is not None and len(devices) * len(problem.inventory.units) > _MOST_TRIED_UNITS:
+            break
     return Missing(nbytes=min(missing)) if best is None else best
 
 
-def _better_cuts(
-    problem: Problem, steps: Sequence[_Step], devices: Sequence[Device], cuts: list[int], best: Layout
-) -> Layout:
-    """Move the borders between devices by a block at a time, as long as that helps and is not too much work."""
-    tries = _MOST_TRIED_UNITS // max(1, len(problem.inventory.units))
-    improved = len(devices) > 1
-    while improved and tries > 0:
-        improved = False
-        for index, by in ((index, by) for index in range(len(cuts)) for by in (-1, 1)):
-            moved = [cut + by if at == index else cut for at, cut in enumerate(cuts)]
-            if tries <= 0 or not all(before <= after for before, after in pairwise([0, *moved, len(steps)])):
-                continue
-            tries -= 1
-            layout = _on_accelerators(problem, _cut(steps, devices, moved), whole=False)
-            if isinstance(layout, Layout) and _run_s(problem, layout) < _run_s(problem, best):
-                best, cuts, improved = layout, moved, True
-    return best
+def _servable(problem: Problem, devices: Sequence[Device]) -> Iterator[tuple[Device, bool]]:
+    """Accelerators to be served, as the first or the last of several; of those that are alike, one."""
+    kinds: dict[object, Device] = {}
+    for device in devices:
+        rate = problem.speeds.compute[device.id]
+        kinds.setdefault((problem.device_room(device.id), rate, problem.speeds.link.get(device.id)), device)
+    # The largest room first: it is the most likely to be the best.
+    for device in sorted(kinds.values(), key=lambda one: -problem.device_room(one.id)):
+        yield device, False
+        if len(devices) > 1:
+            yield device, True
+
+
+def _shares(
+    problem: Problem, steps: Sequence[_Step], served: Device, others: Sequence[Device], *, is_first: bool
+) -> list[tuple[Device, list[Unit]]]:
+    """What each device computes: the others as much as they can keep, the one that is served what is left."""
+    walk = list(reversed(steps)) if is_first else list(steps)
+    shares: list[tuple[Device, list[Unit]]] = []
+    begin = 0
+    for device in reversed(others) if is_first else others:
+        left, end = problem.device_room(device.id), begin
+        while end < len(walk) and walk[end][0] <= left:
+            left -= walk[end][0]
+            end += 1
+        shares.append((device, _units(walk[begin:end])))
+        begin = end
+    shares.append((served, problem.inventory.whole_layers(_units(walk[begin:]))))
+    return [(device, sorted(units, key=lambda unit: unit.order)) for device, units in shares if units]
+
+
+def _units(steps: Iterable[_Step]) -> list[Unit]:
+    return [unit for _, units in steps for unit in units]
 
 
 def _run_s(problem: Problem, layout: Layout) -> float:
@@ -262,25 +270,23 @@ def _run_s(problem: Problem, layout: Layout) -> float:
 
 
 def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Missing:
-    """The accelerators keep what they can, experts last; the host computes the others where they lie."""
-    units = problem.inventory.units
-    wanted = [unit for unit in units if unit.kind not in _SELDOM] + [unit for unit in units if unit.kind in _SELDOM]
+    """The accelerators keep what they can, experts last; the host computes the others where they lie.
+
+    The experts of a layer stay together: classes hold them in one parameter.
+    """
     kept: dict[str, list[Unit]] = {}
     queue = list(devices)
     left = problem.device_room(queue[0].id)
     rest: list[Unit] = []
-    for unit in wanted:
-        size = unit.memory_bytes
-        if unit.kind is not UnitKind.EXPERT:
-            size += problem.cache_bytes.get(unit.order, 0)
+    for size, units in _by_worth(problem):
         while queue and size > left:
             queue.pop(0)
             left = problem.device_room(queue[0].id) if queue else 0
         if queue:
-            kept.setdefault(queue[0].id, []).append(unit)
+            kept.setdefault(queue[0].id, []).extend(units)
             left -= size
         else:
-            rest.append(unit)
+            rest += units
     host = _on_the_host(problem, rest, len(kept)) if rest else None
     if isinstance(host, Missing):
         return host
@@ -293,6 +299,18 @@ def _beside_the_host(problem: Problem, devices: Sequence[Device]) -> Layout | Mi
             return one
         placed[device] = one
     return _joined(placed, host)
+
+
+def _by_worth(problem: Problem) -> Iterator[_Step]:
+    """What accelerators keep, the most wanted first: what a token needs all of, experts, tables."""
+    together: dict[tuple[int, object], list[Unit]] = {}
+    for unit in problem.inventory.units:
+        is_expert = unit.kind is UnitKind.EXPERT
+        rank = 1 if is_expert else 2 if unit.kind is UnitKind.EMBEDDING else 0
+        together.setdefault((rank, unit.order if is_expert else unit.name), []).append(unit)
+    for (rank, _), units in sorted(together.items(), key=lambda item: item[0][0]):
+        cached = 0 if rank == 1 else problem.cache_of(units)
+        yield sum(unit.memory_bytes for unit in units) + cached, units
 
 
 def _joined(placed: Mapping[str, Placed], host: Layout | None = None) -> Layout:
@@ -352,29 +370,6 @@ def _packed(steps: Sequence[_Step], rooms: Sequence[int]) -> list[list[Unit]] | 
         shares[index].extend(units)
         left -= size
     return shares
-
-
-def _in_proportion(steps: Sequence[_Step], rooms: Sequence[int]) -> list[int]:
-    """Where to cut the walk for shares in proportion to the devices' room, where not all of it can be resident."""
-    total, room = sum(size for size, _ in steps) or 1, sum(rooms)
-    cuts: list[int] = []
-    done, reach = 0.0, rooms[0] / room
-    for index, (size, _) in enumerate(steps):
-        while len(cuts) < len(rooms) - 1 and (done + size / 2) / total > reach:
-            cuts.append(index)
-            reach += rooms[len(cuts)] / room
-        done += size
-    return cuts + [len(steps)] * (len(rooms) - 1 - len(cuts))
-
-
-def _cut(steps: Sequence[_Step], devices: Sequence[Device], cuts: Sequence[int]) -> list[tuple[Device, list[Unit]]]:
-    """The shares of the devices; those that get nothing are left out."""
-    bounds = [0, *cuts, len(steps)]
-    shares = [
-        (device, [unit for _, units in steps[begin:end] for unit in units])
-        for device, (begin, end) in zip(devices, pairwise(bounds), strict=True)
-    ]
-    return [(device, units) for device, units in shares if units]
 
 
 def _orders(units: Iterable[Unit]) -> set[int]:

@@ -222,13 +222,20 @@ def _reasons(case: _Case, asked: Asked, layout: Layout, cpu: Cpu) -> Iterator[st
             f"torch computes with {cpu.num_threads} threads, but the control group gives this process the time of "
             f"{cores} only: OMP_NUM_THREADS={cpu.num_cores} is faster"
         )
-    streamed = [one for one in layout.assignments if one.home != one.compute]
     total = sum(one.unit.memory_bytes for one in layout.assignments)
-    if not streamed:
+    if all(one.home == one.compute for one in layout.assignments):
         yield f"all {format_bytes(total)} of weights are resident on {', '.join(devices)}"
-        return
-    kept = total - sum(one.unit.memory_bytes - one.unit.front_bytes for one in streamed)
-    resident = f"{format_bytes(kept)} of {format_bytes(total)} of weights are resident"
+    else:
+        yield from _streaming_reasons(layout, total)
+    if len(devices) > 1 and HOST in devices:
+        yield "the host computes what no accelerator keeps: faster for so few tokens than moving it"
+
+
+def _streaming_reasons(layout: Layout, total_bytes: int) -> Iterator[str]:
+    """Those of what is brought in anew in each pass."""
+    streamed = [one for one in layout.assignments if one.home != one.compute]
+    kept = total_bytes - sum(one.unit.memory_bytes - one.unit.front_bytes for one in streamed)
+    resident = f"{format_bytes(kept)} of {format_bytes(total_bytes)} of weights are resident"
     if all(one.unit.kind is UnitKind.EMBEDDING for one in streamed):
         names = ", ".join(one.unit.name for one in streamed)
         yield f"{resident}; of {names} only the rows that are looked up are read"
@@ -249,10 +256,13 @@ def _reasons(case: _Case, asked: Asked, layout: Layout, cpu: Cpu) -> Iterator[st
                 f"{format_bytes(compressed)} of the rest stay compressed, without loss, and are expanded in each pass, "
                 "which the processor does while the disk reads"
             )
+        if any(one.unit.expert_tensors for one in streamed):
+            yield "a layer comes with all of its experts, which accelerators compute with as one parameter"
+        served = {one.compute for one in streamed}
+        if served != {HOST} and len({one.compute for one in layout.assignments}) > 1:
+            yield f"what does not stay is brought to {', '.join(served)}; the others keep what they compute"
     if layout.num_slots == 1:
         yield "only one slot fits, so computing waits while a unit is brought in"
-    if len(devices) > 1 and HOST in devices:
-        yield "the host computes what no accelerator keeps: faster for so few tokens than moving it"
 
 
 def _sentence(asked: Asked, machine: Machine, missing: Missing, fitting: tuple[Plan, ...]) -> str:

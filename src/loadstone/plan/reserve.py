@@ -17,8 +17,8 @@ from loadstone.plan.values import Run
 # What cuBLAS and cuDNN keep on a device once they have computed.
 # Source: https://pytorch.org/docs/stable/notes/cuda.html#cublas-workspaces (32 MiB on Hopper, 8 MiB before, twice)
 DEVICE_WORKSPACE_BYTES = 96_000_000
-# The ring of page-locked buffers on the host through which weights reach one device.
-PINNED_RING_BYTES = 16_000_000
+# The page-locked buffers on the host through which weights reach accelerators: two of 4 MB for each reading thread.
+PINNED_RING_BYTES = 68_000_000
 # How many units are in page-locked host memory at a time on their way from the disk to one device.
 NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4

@@ -7,7 +7,7 @@ prefixes dropped; others stand as in the files, which is what nearly all of tran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loadstone.architecture.blocks import Block, group_blocks, tied_groups
@@ -60,7 +60,7 @@ class Inventory:
 
     def parts(self, unit: Unit) -> tuple[Unit, ...]:
         """The unit, module by module: `model.layers.3.mlp.up_proj`. One that is a single module is its own part."""
-        if unit.kind is not UnitKind.BLOCK:
+        if unit.kind is not UnitKind.BLOCK or unit.expert_tensors:
             return (unit,)
         grouped: dict[str, list[str]] = {}
         for name in unit.tensors:
@@ -69,6 +69,53 @@ class Inventory:
             return (unit,)
         parts = (self.unit(part, unit.kind, unit.order, names, unit.use_share) for part, names in grouped.items())
         return tuple(replace(part, seen=unit.seen) for part in parts)
+
+    def whole_layers(self, units: Iterable[Unit]) -> list[Unit]:
+        """The units with each block and its experts as one: so they go to accelerators, which compute with all of them.
+
+        Args:
+            units: in execution order; experts whose block is not among them stay by themselves.
+        """
+        members: dict[int, list[Unit]] = {}
+        blocks: dict[int, Unit] = {}
+        for unit in units:
+            if unit.kind is UnitKind.EXPERT:
+                members.setdefault(unit.order, []).append(unit)
+            elif unit.kind is UnitKind.BLOCK:
+                blocks[unit.order] = unit
+        whole: list[Unit] = []
+        for unit in units:
+            experts = members.get(unit.order, [])
+            if unit.kind is UnitKind.BLOCK and experts:
+                whole.append(self._whole_layer(unit, experts))
+            elif unit.kind is not UnitKind.EXPERT or unit.order not in blocks:
+                whole.append(unit)
+        return whole
+
+    def _whole_layer(self, block: Unit, experts: Sequence[Unit]) -> Unit:
+        tensors = [name for unit in (block, *experts) for name in unit.tensors]
+        num_parameters = sum(unit.num_parameters for unit in experts)
+        made = self.unit(block.name, block.kind, block.order, tensors)
+        share = sum(unit.use_share * unit.num_parameters for unit in experts) / max(1, num_parameters)
+        return replace(
+            made,
+            seen=block.seen,
+            expert_parameters=num_parameters,
+            expert_share=share,
+            expert_tensors=len(tensors) - len(block.tensors),
+        )
+
+    def placed(self, names: Collection[str]) -> dict[str, Unit]:
+        """The units that placements name: whole ones, their modules, and layers together with their experts.
+
+        Args:
+            names: of all placements of a plan.
+        """
+        known = {part.name: part for unit in self.units for part in (*self.parts(unit), unit)}
+        experts = {unit.order for unit in self.units if unit.kind is UnitKind.EXPERT and unit.name in names}
+        whole = (unit for unit in self.whole_layers(self.units) if unit.order not in experts)
+        known |= {unit.name: unit for unit in whole if unit.kind is UnitKind.BLOCK}
+        return {name: known[name] for name in names}
 
     def storage(self, unit: Unit) -> str:
         """What the largest of its tensors is stored as: a dtype, or a block encoding."""

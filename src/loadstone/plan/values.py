@@ -59,6 +59,7 @@ class Unit:
         seen: the tokens that it is given.
         expert_parameters: of a block: those of its elements that are in tensors which hold all of its experts.
         expert_share: the part of those that one token touches.
+        expert_tensors: of a block that is placed with its experts: how many of its tensors, the last, are theirs.
         front_bytes: what stays of it where it is streamed; see `loadstone.plan.fronts`.
         compressed_bytes: what stays of it compressed, behind that.
         slice_bytes: how much of it is read at a time where it is streamed; 0 where it comes whole. See
@@ -80,6 +81,7 @@ class Unit:
     seen: Seen = Seen.ALL
     expert_parameters: int = 0
     expert_share: float = 1.0
+    expert_tensors: int = 0
     front_bytes: int = 0
     compressed_bytes: int = 0
     slice_bytes: int = 0
@@ -341,6 +343,11 @@ class Plan:
     def streams(self) -> bool:
         """Whether anything is brought in anew in each pass."""
         return any(placement.is_streamed for placement in self.placements)
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """The devices that compute, in the order of the walk."""
+        return tuple(dict.fromkeys(placement.compute for placement in self.placements))
 
     @property
     def streamed_bytes(self) -> int:

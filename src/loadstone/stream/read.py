@@ -244,7 +244,8 @@ class Reader:
         with self._lock:
             self._total_bytes += batch.total_bytes
         if batch.total_bytes:
-            wanted = min(self._max_threads or batch.files.num_threads, -(-batch.total_bytes // CHUNK_BYTES))
+            threads = min(batch.files.num_threads, self._max_threads or batch.files.num_threads)
+            wanted = min(threads, -(-batch.total_bytes // CHUNK_BYTES))
             self._reading.begin(batch, priority, wanted)
         if batch.num_kept:
             self._expanding.begin(batch, priority, min(self._num_cores, batch.num_kept))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from types import MappingProxyType
 from typing import Protocol
 
@@ -24,20 +23,12 @@ from loadstone.stream.onward import Onward
 from loadstone.stream.rearrange import is_rearranged
 from loadstone.stream.refill import Place, Refill, Tensors, Wanted
 from loadstone.stream.rows import Rows, Table, WholeTable, has_rows
-from loadstone.stream.staying import ALL_GOES, Stays
+from loadstone.stream.staying import ALL_GOES
 from loadstone.stream.transfer import NoLink
+from loadstone.stream.way import Keep, Rounding, Way
 
 Groups = Mapping[str, Sequence[str]]
-Rounding = Callable[[str], str | None]
 NONE: Groups = MappingProxyType({})
-
-
-class Keep(Enum):
-    """Where the master copy of a unit is kept while the model is in use."""
-
-    DISK = "in its files"
-    HOST = "in host memory"
-    NEAR = "beside where it is computed, in the dtype that travels"
 
 
 class Source(Protocol):
@@ -60,28 +51,6 @@ class Source(Protocol):
 
     def rows(self, fqn: str) -> tuple[Table, torch.Tensor]:
         """What brings them in, and the table on the host."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How units travel.
-
-    Attributes:
-        destination: where the slots are.
-        keep: where a parameter is kept, by fqn; those of a unit are kept together.
-        rounding: the dtype that a parameter is rounded to on its way, by fqn; None for none.
-        stays: what stays of units that come from files to the host.
-    """
-
-    destination: Destination
-    keep: Callable[[str], Keep] = lambda _: Keep.DISK
-    rounding: Rounding = lambda _: None
-    stays: Stays = ALL_GOES
-
-
-def host_way(stays: Stays = ALL_GOES) -> Way:
-    """From the files to where the host computes."""
-    return Way(destination=Destination(torch.device("cpu"), NoLink()), stays=stays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +82,11 @@ class FileSource:
         self._refill: Refill | None = None
         self._files: FromFiles | None = None
         self._chained: _Chained | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where units are computed with."""
+        return self._way.destination.device
 
     @property
     def is_direct(self) -> bool:
@@ -324,6 +298,11 @@ class MemorySource:
         self._layouts: dict[str, Layout] = {}
         self._memory = FromMemory(self._homes, self._layouts, way.destination, moved)
         self._combined = Combined({}, way.destination)
+
+    @property
+    def device(self) -> torch.device:
+        """Where units are computed with."""
+        return self._way.destination.device
 
     def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """Put each unit where it is kept, and fill slots from there."""

@@ -22,6 +22,8 @@ from loadstone.stream.spans import Fill
 # At 4 MB a copy takes longer than the calls that ask for it: PCIe 5 moves it in 0.1 ms.
 CHUNK_BYTES = 4 << 20
 _NUM_SLOTS = 2
+# That read for all devices together; each has so many slots.
+NUM_THREADS = 8
 
 _logger = logging.getLogger("loadstone.stream")
 
