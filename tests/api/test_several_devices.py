@@ -41,6 +41,8 @@ MODELS = [
     ("encoder", "xlm"),
     ("speech", "whisper"),
     ("contrastive", "clip"),
+    ("seq2seq", "fsmt"),
+    ("image", "siglip"),
 ]
 # The products of processors depend on where their operands lie in memory, in the last bit.
 LAST_BITS = {"rtol": 1e-5, "atol": 2e-6}

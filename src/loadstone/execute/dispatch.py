@@ -82,7 +82,7 @@ def dispatch(module: nn.Module) -> torch.device | None:
     # What the model itself holds may be added to the scores of its head.
     holds = any(one is not None for one in (*module._parameters.values(), *module._buffers.values()))
     head = None if holds else getattr(module, "get_output_embeddings", lambda: None)()
-    walk = _Walk(module, main, head)
+    walk = _Walk(module, main, None if isinstance(head, nn.Embedding) else head)
     walk.around_blocks(module)
     module.register_forward_pre_hook(outside_graphs(partial(_begin, main)), prepend=True, with_kwargs=True)
     module.register_forward_hook(outside_graphs(_end))
@@ -114,7 +114,7 @@ class _Walk:
         devices = _devices(module)
         if isinstance(module, _NEVER_CALLED):
             self._below(module)
-        elif len(devices) > 1 and any(True for _ in module.children()):
+        elif len(devices) > 1 and not _is_one(module):
             self._gather(module, self._main)
             self._hook(module, _Way(self._main), self._main)
             self._below(module)
@@ -154,7 +154,7 @@ class _Walk:
         self._gather(module, around)
         for child in module.children():
             devices = _devices(child)
-            if devices <= {around}:
+            if devices <= {around} or (_is_one(child) and len(devices) > 1):
                 self._gather_all(child, around)
             elif len(devices) == 1 and not isinstance(child, _NEVER_CALLED):
                 first = _first_parameter(child)
@@ -192,6 +192,11 @@ class _Walk:
         module.register_forward_pre_hook(outside_graphs(way.inputs), prepend=True, with_kwargs=True)
         if output is not None:
             module.register_forward_hook(outside_graphs(partial(_give, output)))
+
+
+def _is_one(module: nn.Module) -> bool:
+    """Whether a module computes with all that it holds by itself: torch's attention uses its projection's weight."""
+    return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
 
 
 def _main_device(module: nn.Module) -> torch.device:
