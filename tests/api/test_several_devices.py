@@ -208,6 +208,29 @@ def test_the_host_streams_from_the_disk_what_it_computes_beside_an_accelerator(
     assert stats.uses == 3
 
 
+def test_the_host_streams_experts_beside_an_accelerator_that_keeps_others(fake_gpus: Machine, tmp_path: Path) -> None:
+    written("causal", "mixtral", tmp_path)
+    found = loadstone.plan(tmp_path, machine=fake_gpus, device="cpu").placements
+    experts = {one.unit: one.order for one in found if one.kind is UnitKind.EXPERT}
+    last = max(experts.values())
+    places = {"": "cpu"} | {unit: "disk" for unit, order in experts.items() if order == last}
+    plan = loadstone.plan(tmp_path, machine=fake_gpus, device_map=places)
+    placements = tuple(
+        one if one.unit in places else replace(one, home="cuda:0", compute="cuda:0") for one in plan.placements
+    )
+    model = loadstone.load(tmp_path, plan=replace(plan, placements=placements))
+    names = {name for name, one in model.named_parameters() if one.device.type == "cpu"}
+    assert {name.rpartition(".")[0] for name in names} == {"model.layers.1.mlp.experts"}
+    expected = outputs(loadstone.load(tmp_path, device="cpu"), {"input_ids": PROMPT})
+    for _ in range(2):
+        torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
+    stats = loadstone.of(model).stats()
+    assert stats is not None
+    assert stats.expert_uses > 0
+    layer = sum(one.home_bytes for one in plan.placements if one.unit in places)
+    assert 0 < stats.room_bytes < layer
+
+
 def test_a_model_that_fits_on_no_one_device_is_spread_without_being_asked(fake_gpus: Machine, tmp_path: Path) -> None:
     model = builders.tiny_model("llama", "causal")
     builders.write_checkpoint(model, tmp_path)

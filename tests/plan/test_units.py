@@ -216,3 +216,17 @@ def test_gguf_names_are_the_modules_and_rearranged_tensors_cannot_be_mapped(tmp_
     # Queries and keys are permuted; everything else is float32 where it lies.
     assert block.memory_bytes - block.mappable_bytes == 2 * 64 * 64 * 4
     assert "blk.0.attn_q.weight" in block.tensors
+
+
+def test_a_layer_is_whole_with_its_experts_unless_it_is_divided() -> None:
+    mixture = found(llama(layers=2, experts=4))
+    whole = mixture.whole_layers(mixture.units)
+    layers = [unit for unit in whole if unit.kind is UnitKind.BLOCK]
+    assert [unit.expert_tensors for unit in layers] == [12, 12]
+    assert sum(unit.memory_bytes for unit in whole) == sum(unit.memory_bytes for unit in mixture.units)
+    assert not any(unit.kind is UnitKind.EXPERT for unit in whole)
+    assert mixture.parts(layers[0]) == (layers[0],)
+    divided = [part for unit in mixture.units for part in mixture.parts(unit)]
+    assert mixture.whole_layers(divided) == divided
+    assert mixture.placed([unit.name for unit in whole]) == {unit.name: unit for unit in whole}
+    assert mixture.placed([unit.name for unit in mixture.units]) == {unit.name: unit for unit in mixture.units}

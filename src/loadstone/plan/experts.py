@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadstone.plan.units import Inventory
-from loadstone.plan.values import Plan, Unit, UnitKind
+from loadstone.plan.values import HOST, Plan, Unit, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def _slot_sizes(streamed: Iterable[Unit], num_slots: int) -> list[int]:
 
 
 def expert_room(plan: Plan, found: Inventory) -> Room:
-    """What a plan gives to experts, where it streams any: what it keeps of them, and what others leave of the slots.
+    """What a plan gives to experts that the host streams: what it keeps of them, and what others leave of the slots.
 
     Which experts are worth keeping is known only once routers have chosen, so that those which the plan keeps in memory
     say how many stay, not which.
@@ -52,7 +52,7 @@ def expert_room(plan: Plan, found: Inventory) -> Room:
         found: the units that it places.
     """
     units = found.placed([one.unit for one in plan.placements])
-    placed = [(units[one.unit], one.is_streamed) for one in plan.placements]
+    placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.compute == HOST]
     experts = [(unit, is_streamed) for unit, is_streamed in placed if unit.kind is UnitKind.EXPERT]
     if not any(is_streamed for _, is_streamed in experts):
         return Room()

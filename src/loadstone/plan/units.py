@@ -7,6 +7,7 @@ prefixes dropped; others stand as in the files, which is what nearly all of tran
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -70,26 +71,23 @@ class Inventory:
         parts = (self.unit(part, unit.kind, unit.order, names, unit.use_share) for part, names in grouped.items())
         return tuple(replace(part, seen=unit.seen) for part in parts)
 
-    def whole_layers(self, units: Iterable[Unit]) -> list[Unit]:
+    def whole_layers(self, units: Sequence[Unit]) -> list[Unit]:
         """The units with each block and its experts as one: so they go to accelerators, which compute with all of them.
 
         Args:
-            units: in execution order; experts whose block is not among them stay by themselves.
+            units: in execution order; experts whose block is not among them, or is divided, stay by themselves.
         """
-        members: dict[int, list[Unit]] = {}
-        blocks: dict[int, Unit] = {}
+        experts: dict[int, list[Unit]] = {}
         for unit in units:
             if unit.kind is UnitKind.EXPERT:
-                members.setdefault(unit.order, []).append(unit)
-            elif unit.kind is UnitKind.BLOCK:
-                blocks[unit.order] = unit
+                experts.setdefault(unit.order, []).append(unit)
+        blocks = Counter(unit.order for unit in units if unit.kind is UnitKind.BLOCK)
         whole: list[Unit] = []
         for unit in units:
-            experts = members.get(unit.order, [])
-            if unit.kind is UnitKind.BLOCK and experts:
-                whole.append(self._whole_layer(unit, experts))
-            elif unit.kind is not UnitKind.EXPERT or unit.order not in blocks:
+            if unit.order not in experts or blocks[unit.order] != 1:
                 whole.append(unit)
+            elif unit.kind is UnitKind.BLOCK:
+                whole.append(self._whole_layer(unit, experts[unit.order]))
         return whole
 
     def _whole_layer(self, block: Unit, experts: Sequence[Unit]) -> Unit:
