@@ -368,3 +368,17 @@ def test_a_plan_that_streams_to_two_devices_is_named(fake_gpus: Machine, tmp_pat
     placements = tuple(replace(one, compute=f"cuda:{number % 2}") for number, one in enumerate(placements))
     with pytest.raises(PlanNotSupported, match=r"streams to cuda:0 and to cuda:1; expected one device that is"):
         loadstone.load(tmp_path, plan=replace(plan, placements=placements, num_slots=2))
+
+
+def test_a_load_tells_the_host_memory_that_it_takes_by_device(fake_gpus: Machine, tmp_path: Path) -> None:
+    """What is cast on a device takes none of the host's; what the host computes, and what it decodes, does."""
+    built = written("causal", "llama", tmp_path)
+    nbytes = sum(parameter.nbytes for parameter in built.parameters())
+    half = {"dtype": "bfloat16"}
+    on_host = loadstone.of(loadstone.load(tmp_path, device="cpu", **half)).report.foretold.weight_bytes
+    assert on_host == nbytes // 2
+    elsewhere = loadstone.load(tmp_path, device_map={"": "cuda:0", "model.layers.1": "cuda:1"}, **half)
+    assert loadstone.of(elsewhere).report.foretold.weight_bytes == 0
+    plan = beside_the_host(loadstone.plan(tmp_path, machine=fake_gpus, device="cuda:0", **half), (UnitKind.BLOCK,))
+    beside = loadstone.of(loadstone.load(tmp_path, plan=plan)).report.foretold.weight_bytes
+    assert beside == sum(one.home_bytes for one in plan.placements if one.kind is UnitKind.BLOCK)

@@ -100,7 +100,7 @@ def assemble(begun: Begun) -> Assembled:
         resident = _without(mapped.keymap, streamed)
         notes += tuple(streamed.notes)
         elsewhere = _elsewhere(begun, resident)
-        resident_there = _on_host(resident, device.value, elsewhere)
+        resident_there = _on_host(resident, checkpoint, device.value, elsewhere)
         foretold = load_peak(resident_there, checkpoint.tensors, mapped.targets, begun.ahead.is_mappable)
         if not mapped.keymap.conversions:  # what conversions make is known only when they have run
             notes += _check_missing(begun, blueprint, mapped, set(mapped.targets))
@@ -215,10 +215,15 @@ def _elsewhere(begun: Begun, keymap: KeyMap) -> dict[str, torch.device]:
     return {fqn: torch_device(begun.devices[name]) for fqn, name in filled.items() if name in begun.devices}
 
 
-def _on_host(keymap: KeyMap, device: str, elsewhere: Mapping[str, torch.device]) -> KeyMap:
-    """What fills host memory; what torch converts is made there, wherever it goes."""
+def _on_host(keymap: KeyMap, checkpoint: Checkpoint, device: str, elsewhere: Mapping[str, torch.device]) -> KeyMap:
+    """What fills host memory: what stays there, and what is decoded, rearranged or converted there on its way."""
     usual = torch_device(device)
-    kept = [one for one in keymap.assignments if elsewhere.get(one.target, usual).type == HOST]
+
+    def passes(one: Assignment) -> bool:
+        infos = (checkpoint.tensors[part.source] for part in one.parts)
+        return one.is_plain and all(info.encoding is None and info.strides is None for info in infos)
+
+    kept = [one for one in keymap.assignments if elsewhere.get(one.target, usual).type == HOST or not passes(one)]
     return replace(keymap, assignments=tuple(kept))
 
 
