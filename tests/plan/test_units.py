@@ -224,6 +224,7 @@ def test_a_layer_is_whole_with_its_experts_unless_it_is_divided() -> None:
     layers = [unit for unit in whole if unit.kind is UnitKind.BLOCK]
     assert [unit.expert_tensors for unit in layers] == [12, 12]
     assert sum(unit.memory_bytes for unit in whole) == sum(unit.memory_bytes for unit in mixture.units)
+    assert sum(unit.mappable_bytes for unit in whole) == sum(unit.mappable_bytes for unit in mixture.units)
     assert not any(unit.kind is UnitKind.EXPERT for unit in whole)
     assert mixture.parts(layers[0]) == (layers[0],)
     divided = [part for unit in mixture.units for part in mixture.parts(unit)]

@@ -98,6 +98,7 @@ class Inventory:
         return replace(
             made,
             seen=block.seen,
+            mappable_bytes=sum(unit.mappable_bytes for unit in (block, *experts)),
             expert_parameters=num_parameters,
             expert_share=share,
             expert_tensors=len(tensors) - len(block.tensors),
@@ -110,9 +111,11 @@ class Inventory:
             names: of all placements of a plan.
         """
         known = {part.name: part for unit in self.units for part in (*self.parts(unit), unit)}
-        experts = {unit.order for unit in self.units if unit.kind is UnitKind.EXPERT and unit.name in names}
-        whole = (unit for unit in self.whole_layers(self.units) if unit.order not in experts)
-        known |= {unit.name: unit for unit in whole if unit.kind is UnitKind.BLOCK}
+        wanted = frozenset(names)
+        orders = {unit.order for unit in self.units if unit.kind is UnitKind.EXPERT and unit.name not in wanted}
+        if orders:  # they are placed with their blocks
+            whole = self.whole_layers([unit for unit in self.units if unit.order in orders])
+            known |= {unit.name: unit for unit in whole if unit.kind is UnitKind.BLOCK}
         return {name: known[name] for name in names}
 
     def storage(self, unit: Unit) -> str:
