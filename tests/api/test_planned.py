@@ -154,3 +154,19 @@ def test_what_a_wrapper_put_in_front_of_names_does_not_keep_a_plan_from_being_fo
     assert wanted is not None
     assert (stats.num_units, stats.pass_bytes) == (wanted.num_units, wanted.pass_bytes)
     assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_the_host_is_planned_for_where_a_driver_has_no_device(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+) -> None:
+    """`CUDA_VISIBLE_DEVICES=""` hides a driver's devices; what is too large for the host was loaded all the same."""
+    from loadstone.api import load, planned
+
+    for module in (planned, load):
+        monkeypatch.setattr(module, "may_have_accelerator", lambda: True)
+    if is_small:
+        monkeypatch.setattr(planned, "host_memory", lambda *_: (10**9, 10**9))
+    model = loadstone.load(llama_folder)
+    assert (loadstone.of(model).plan is not None) == is_small
+    assert torch.equal(logits(model), logits(loadstone.load(llama_folder, device="cpu")))

@@ -117,7 +117,7 @@ def planned_with_torch(checkpoint: Checkpoint, request: Request, dtype: str) -> 
     """The plan of a load that was begun without one, once torch can tell of accelerators; see `planned`.
 
     Returns:
-        A plan, or None where there is no accelerator, or one on which everything fits with room to spare.
+        A plan, or None where all weights fit on one device with room to spare.
     """
     if request.wishes.limits or not asks_torch(request):
         return None
@@ -125,7 +125,10 @@ def planned_with_torch(checkpoint: Checkpoint, request: Request, dtype: str) -> 
     wanted = f"{request.device}:0" if request.device in {"cuda", "xpu"} else request.device
     usable = [one for one in machine.devices if one.kind != "cpu" and wanted in (None, one.id)]
     needed_bytes = _easy_bytes(checkpoint, dtype, request.wishes.run)
-    if not usable or any(needed_bytes < one.free_bytes for one in usable):
+    if not usable:  # a driver without a device, or one that is asked for and not there, which is told later
+        fits = needed_bytes < host_memory()[1]
+        return None if fits or request.device is not None else _best(checkpoint, request, machine)
+    if any(needed_bytes < one.free_bytes for one in usable):
         return None
     return _best(checkpoint, request, machine)
 
