@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,15 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Machine:
     import fake_devices
 
     return fake_devices.pretend(monkeypatch)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """transformers neither talks nor draws, nor warns of missing kernels; for tests of something else."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "architecture"))
@@ -48,12 +46,7 @@ SHARES = (0.0, 0.3, 0.7)
 FP8 = "float8_e4m3fn"
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of missing kernels
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_offload import FP8, IDS, Tower, equal, gpu, quiet, room, run, stats, tower
+from test_offload import FP8, IDS, Tower, equal, gpu, room, run, stats, tower
 from torch import nn
 
 import builders
@@ -21,10 +21,12 @@ from loadstone.execute.values import States
 from loadstone.hardware.fake import FakeLink
 from loadstone.stream.from_memory import FromMemory, Home
 
-__all__ = ["gpu", "quiet"]  # fixtures
+__all__ = ["gpu"]  # a fixture
 
 ZOO = [("causal", "llama"), ("causal", "gpt2"), ("causal", "mamba"), ("seq2seq", "t5"), ("encoder", "albert")]
 TIERS = ["ram -> device", "disk -> device", "disk -> cpu"]
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def away(model: nn.Module) -> set[str]:

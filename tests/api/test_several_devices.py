@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,18 +48,28 @@ LAST_BITS = {"rtol": 1e-5, "atol": 2e-6}
 PROMPT = torch.tensor([[5, 9, 3, 17, 11, 2], [7, 4, 4, 8, 21, 13]])
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of missing kernels
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.fixture
+def far_gpu(fake_gpus: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda:0` has the host's memory, at the other end of a link that works late: it can be streamed to."""
+    del fake_gpus
+    monkeypatch.setitem(transfer.STAND_INS, "cuda:0", "cpu")
+    monkeypatch.setitem(transfer.LINKS, "cpu", lambda _: FakeLink(delay_s=0.0002))
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     torch.manual_seed(builders.SEED)
     with torch.no_grad():
         return builders.flat(model(**inputs))
+
+
+def check_against_the_host(model: nn.Module, folder: Path, times: int = 1) -> None:
+    """Its numbers are those of the host alone, each time."""
+    expected = outputs(loadstone.load(folder, device="cpu"), {"input_ids": PROMPT})
+    for _ in range(times):
+        torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
 
 
 def written(kind: str, model_type: str, folder: Path) -> nn.Module:
@@ -146,17 +155,12 @@ def test_the_host_computes_beside_an_accelerator(
         kind = UnitKind.EXPERT if is_expert else UnitKind.BLOCK if ".layers." in name else UnitKind.EMBEDDING
         if "norm.weight" not in name:
             assert parameter.device.type == ("cpu" if kind in kinds else "fake"), name
-    expected = outputs(loadstone.load(tmp_path, device="cpu"), {"input_ids": PROMPT})
-    torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
+    check_against_the_host(model, tmp_path)
 
 
+@pytest.mark.usefixtures("far_gpu")
 @pytest.mark.parametrize("away", ["disk", "cpu"])
-def test_one_of_several_devices_is_streamed_to(
-    fake_gpus: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
-) -> None:
-    """The one that is streamed to has the host's memory, at the other end of a link that works late."""
-    monkeypatch.setitem(transfer.STAND_INS, "cuda:0", "cpu")
-    monkeypatch.setitem(transfer.LINKS, "cpu", lambda _: FakeLink(delay_s=0.0002))
+def test_one_of_several_devices_is_streamed_to(fake_gpus: Machine, tmp_path: Path, away: str) -> None:
     written("causal", "llama", tmp_path)
     places = {"": "cuda:0", "model.layers.0": away, "model.layers.1": "cuda:1", "model.norm": "cuda:1"}
     model = loadstone.load(tmp_path, device_map=places)
@@ -164,26 +168,19 @@ def test_one_of_several_devices_is_streamed_to(
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert stats.num_units == 1
-    expected = outputs(loadstone.load(tmp_path, device="cpu"), {"input_ids": PROMPT})
-    for _ in range(3):
-        torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
+    check_against_the_host(model, tmp_path, times=3)
 
 
+@pytest.mark.usefixtures("far_gpu")
 @pytest.mark.parametrize("away", ["disk", "cpu"])
-def test_a_layer_comes_to_an_accelerator_with_all_of_its_experts(
-    fake_gpus: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
-) -> None:
-    monkeypatch.setitem(transfer.STAND_INS, "cuda:0", "cpu")
-    monkeypatch.setitem(transfer.LINKS, "cpu", lambda _: FakeLink(delay_s=0.0002))
+def test_a_layer_comes_to_an_accelerator_with_all_of_its_experts(fake_gpus: Machine, tmp_path: Path, away: str) -> None:
     written("causal", "mixtral", tmp_path)
     model = loadstone.load(tmp_path, device_map={"": "cuda:0", "model.layers": away, "model.layers.0": "cuda:1"})
     streamed = [one for one in plan_of(model).placements if one.is_streamed]
     assert [(one.unit, one.kind) for one in streamed] == [("model.layers.1", UnitKind.BLOCK)]
     layer = sum(one.nbytes for one in loadstone.load(tmp_path, device="cpu").model.layers[1].parameters())
     assert streamed[0].home_bytes == streamed[0].moved_bytes == layer
-    expected = outputs(loadstone.load(tmp_path, device="cpu"), {"input_ids": PROMPT})
-    for _ in range(3):
-        torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
+    check_against_the_host(model, tmp_path, times=3)
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert stats.expert_uses == 0
@@ -200,9 +197,7 @@ def test_the_host_streams_from_the_disk_what_it_computes_beside_an_accelerator(
         for one in plan.placements
     )
     model = loadstone.load(tmp_path, plan=replace(plan, placements=placements))
-    expected = outputs(loadstone.load(tmp_path, device="cpu"), {"input_ids": PROMPT})
-    for _ in range(3):
-        torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
+    check_against_the_host(model, tmp_path, times=3)
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert stats.uses == 3
@@ -221,9 +216,7 @@ def test_the_host_streams_experts_beside_an_accelerator_that_keeps_others(fake_g
     model = loadstone.load(tmp_path, plan=replace(plan, placements=placements))
     names = {name for name, one in model.named_parameters() if one.device.type == "cpu"}
     assert {name.rpartition(".")[0] for name in names} == {"model.layers.1.mlp.experts"}
-    expected = outputs(loadstone.load(tmp_path, device="cpu"), {"input_ids": PROMPT})
-    for _ in range(2):
-        torch.testing.assert_close(outputs(model, {"input_ids": PROMPT}), expected, **LAST_BITS)
+    check_against_the_host(model, tmp_path, times=2)
     stats = loadstone.of(model).stats()
     assert stats is not None
     assert stats.expert_uses > 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,7 @@ SCRIPT = [20, 21, 22, 23, 24, 25, 26, 27]
 NO_REPEATS = list(range(30, 30 + NUM_TOKENS))
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of missing kernels
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Script(transformers.LogitsProcessor):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,7 @@ PROMPTS = [Prompt(text=text) for text in ("abc", "a much longer prompt", "xyz", 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of missing kernels
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Bytes:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_pressure import press
-from test_residency import LAYERS, equal, folder, logits, quiet, stats, streamed, units_of
+from test_residency import LAYERS, equal, folder, logits, stats, streamed, units_of
 from test_states import away, kept_bytes, parked_and_woken
 from torch import nn
 
@@ -23,8 +23,10 @@ from loadstone.errors import FileChanged
 from loadstone.execute.values import Streaming
 from loadstone.hardware.memory import PeakWatch, resident
 
-__all__ = ["folder", "quiet"]  # fixtures
+__all__ = ["folder"]  # a fixture
 SLOT = 8192
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(params=[None, 2048], ids=["fronts", "compressed"])

@@ -18,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_residency import LAYERS, folder, logits, quiet, stats, streamed
+from test_residency import LAYERS, folder, logits, stats, streamed
 from test_states import away
 
 import control_groups
@@ -27,7 +27,9 @@ from loadstone.errors import FileChanged
 from loadstone.execute import pressure
 from loadstone.execute.pressure import Judgement, Watch, asked_for_bytes, is_out_of_memory, margin_for
 
-__all__ = ["folder", "quiet"]  # fixtures
+__all__ = ["folder"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def test_what_is_short_is_asked_for_at_once_and_what_is_free_after_a_while() -> None:

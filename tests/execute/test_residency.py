@@ -8,9 +8,7 @@ import os
 import pickle
 import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +55,7 @@ RESIDENT_SHARES = (0.0, 0.3, 0.7)
 PROMPT = torch.arange(3, 15)[None]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of missing kernels
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def units_of(model: nn.Module, resident_share: float = 0.0) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_changing_files import CHANGES
-from test_residency import PROMPT, equal, logits, quiet, stats, streamed, units_of
+from test_residency import PROMPT, equal, logits, stats, streamed, units_of
 from torch.nn import functional
 
 import builders
@@ -19,10 +19,11 @@ import loadstone
 from loadstone.errors import LoadstoneError, StreamedModel
 from loadstone.execute import sliced
 
-__all__ = ["quiet"]  # a fixture
 VOCAB, WINDOW = 1501, 16384
 LAYERS = ("model.layers.0", "model.layers.1")
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def written(folder: Path, model_type: str = "llama", kind: str = "causal", **changes: Any) -> Path:

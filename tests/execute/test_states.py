@@ -32,7 +32,6 @@ from test_residency import (
     interrupted,
     logits,
     quantised,
-    quiet,
     stats,
     streamed,
     units_of,
@@ -45,7 +44,9 @@ from loadstone.errors import FileChanged, StreamedModel
 from loadstone.execute.placeholder import StreamedParameter
 from loadstone.hardware.memory import resident
 
-__all__ = ["folder", "quiet"]  # fixtures
+__all__ = ["folder"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def away(model: nn.Module) -> set[str]:

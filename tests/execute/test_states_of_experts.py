@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_experts import PROMPT, folders, quiet, stats, streamed, tables
+from test_experts import PROMPT, folders, stats, streamed, tables
 from torch import nn
 
 import builders
 import loadstone
 from loadstone.hardware.pages import PAGE_BYTES
 
-__all__ = ["folders", "quiet"]  # fixtures
+__all__ = ["folders"]  # a fixture
 
 ROOM_BYTES = 120_000
 INPUTS = {"input_ids": PROMPT}
 _mincore = ctypes.CDLL(None).mincore
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def room_of(model: nn.Module) -> Any:

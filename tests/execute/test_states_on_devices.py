@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_residency import LAYERS, equal, folder, logits, quiet, stats
+from test_residency import LAYERS, equal, folder, logits, stats
 from test_states import away, hooks
 
 import builders
@@ -33,7 +33,9 @@ from loadstone.hardware.probe import probe
 from loadstone.hardware.spec import Device
 from loadstone.stream import transfer
 
-__all__ = ["folder", "quiet"]  # fixtures
+__all__ = ["folder"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "architecture"))
 
 from test_gguf_families import CASES, build, gguf_tensors, metadata
-from test_residency import equal, quiet, streamed, units_of  # noqa: F401 - the fixture is for all tests here
+from test_residency import equal, streamed, units_of
 
 import builders
 import loadstone
@@ -46,6 +46,8 @@ ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
     "encoder, its bias tied to the head's": ("encoder", "bert", DEPTH),
     "encoder and decoder, learned positions": ("seq2seq", "bart", {"max_position_embeddings": 128}),
 }
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from plan_models import llama, machine
 
-from loadstone.api.planned import streaming_of
+from loadstone.api.planned import carried
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.errors import DoesNotFit
 from loadstone.plan import slices
@@ -55,7 +55,7 @@ def test_less_than_the_head_is_enough(model: Checkpoint) -> None:
     assert (head.slice_bytes, head.moved_bytes) == (min(SLICE_BYTES), HEAD_BYTES)
     assert plan.devices[-1].peak_bytes <= least
     assert any(f"{head.unit} comes in slices of 16.8 MB" in reason for reason in plan.reasons)
-    streaming = streaming_of(plan, model)
+    streaming, _ = carried(plan, model)
     assert streaming is not None
     assert streaming.slices == {head.unit: min(SLICE_BYTES)}
     assert from_json(to_json(plan)) == plan

@@ -15,11 +15,10 @@ from loadstone.api.pause import paused_gc
 from loadstone.api.planned import (
     Wishes,
     asks_torch,
-    devices_of,
+    carried,
     plan_line,
     planned,
     planned_with_torch,
-    streaming_of,
 )
 from loadstone.api.registry import Loaded, remember
 from loadstone.architecture.gguf import tensor_targets
@@ -238,7 +237,7 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
     checkpoint = in_torch_pairs(checkpoint) if request.into is not None else _with_class(described(checkpoint))
     wanted = request.wishes.plan.dtype if request.wishes.plan is not None else request.dtype
     dtype = choose_dtype(checkpoint, wanted)
-    plan, streaming = _planned(checkpoint, request, dtype, recorder)
+    plan, streaming, devices = _planned(checkpoint, request, dtype, recorder)
     ahead = Ahead(observer, after=asked.wait)
     begun = Begun(
         request=request,
@@ -246,7 +245,7 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
         dtype=dtype,
         plan=plan,
         streaming=streaming,
-        devices={} if plan is None else devices_of(plan, checkpoint),
+        devices=devices,
         ahead=ahead,
         recorder=recorder,
         start=start,
@@ -261,17 +260,17 @@ def _begun(request: Request, observer: Observer) -> Iterator[Begun]:
 
 def _planned(
     checkpoint: Checkpoint, request: Request, dtype: Choice, recorder: Recorder
-) -> tuple[Plan | None, Streaming | None]:
+) -> tuple[Plan | None, Streaming | None, Mapping[str, str]]:
     """What goes where. Modules of other kinds than transformers' are loaded whole."""
     if request.into is not None or request.streaming is not None:
-        return None, request.streaming
+        return None, request.streaming, {}
     with recorder.stage("plan") as told:
         plan = planned(checkpoint, request, dtype.value)
         told.text = plan_line(plan)
         if plan is None and asks_torch(request):
             told.text = "when torch is there, which can tell of accelerators"
         told.lines = plan.reasons if plan is not None else ()
-    return plan, None if plan is None else streaming_of(plan, checkpoint)
+    return (None, None, {}) if plan is None else (plan, *carried(plan, checkpoint))
 
 
 def _planned_with_torch(begun: Begun) -> Begun:
@@ -284,7 +283,7 @@ def _planned_with_torch(begun: Begun) -> Begun:
         return begun
     with begun.recorder.stage("plan for accelerators") as told:
         told.text, told.lines = plan_line(plan), plan.reasons
-    streaming, devices = streaming_of(plan, checkpoint), devices_of(plan, checkpoint)
+    streaming, devices = carried(plan, checkpoint)
     begun = replace(begun, plan=plan, streaming=streaming, devices=devices)
     if plan.streams or devices:
         begun.ahead.stop_paging()  # from now on only of what the host computes

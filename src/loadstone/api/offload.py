@@ -70,7 +70,7 @@ def offload(
             "call loadstone.of(model).restore() first, or load it again."
         )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if known is not None and known.plan is not None and len(known.plan.computing) > 1 and len(devices) > 1:
+    if known is not None and len(known.computing) > 1 and len(devices) > 1:
         raise ValueError(
             f"{type(model).__name__}: expected a module whose parameters are on one device, found them on "
             f"{', '.join(devices)}; move it to one of them, or load it with device=."

@@ -21,7 +21,7 @@ from loadstone.plan.facts import facts_of
 from loadstone.plan.make import check_run, make_plan
 from loadstone.plan.plan_file import changes
 from loadstone.plan.units import inventory
-from loadstone.plan.values import HOST, Asked, Plan, Run, UnitKind
+from loadstone.plan.values import HOST, Asked, Plan, Run, Unit, UnitKind
 from loadstone.units import format_bytes
 
 if TYPE_CHECKING:
@@ -224,35 +224,33 @@ def main_device(plan: Plan) -> str:
     return (blocks or list(plan.placements))[0].compute
 
 
-def devices_of(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
-    """Where each tensor is computed with, by its name in the checkpoint; empty where one device computes.
+def carried(plan: Plan, checkpoint: Checkpoint) -> tuple[Streaming | None, dict[str, str]]:
+    """What a load must know of a plan to carry it out.
 
     Args:
         plan: what goes where.
         checkpoint: what it was made for.
+
+    Returns:
+        What is read anew in each pass, None where all of it stays; and where each tensor is computed with, by its name
+        in the checkpoint, empty where one device computes.
     """
-    if len(plan.computing) < 2:
-        return {}
+    is_spread = len(plan.computing) > 1
+    if not plan.streams and not is_spread:
+        return None, {}
     found = inventory(checkpoint, facts_of(checkpoint.config), plan.dtype)
     units = found.placed([placement.unit for placement in plan.placements])
-    return {name: placement.compute for placement in plan.placements for name in units[placement.unit].tensors}
+    streaming = _streaming_of(plan, units) if plan.streams else None
+    if not is_spread:
+        return streaming, {}
+    return streaming, {name: one.compute for one in plan.placements for name in units[one.unit].tensors}
 
 
-def streaming_of(plan: Plan, checkpoint: Checkpoint) -> Streaming | None:
-    """What is read anew in each pass; None where all of it stays.
-
-    Args:
-        plan: what goes where.
-        checkpoint: what it was made for.
-    """
-    if not plan.streams:
-        return None
+def _streaming_of(plan: Plan, units: Mapping[str, Unit]) -> Streaming:
     away = {placement.unit: placement.home for placement in plan.placements if placement.is_streamed}
-    found = inventory(checkpoint, facts_of(checkpoint.config), plan.dtype)
-    units = found.placed([placement.unit for placement in plan.placements])
     device = _streamed_to(plan)[0]
     tensors = {tensor: name for name in away for tensor in units[name].tensors}
-    room = expert_room(plan, found)
+    room = expert_room(plan, units)
     return Streaming(
         num_slots=max(1, plan.num_slots),
         tensors=frozenset(tensors) | room.tensors,
@@ -271,9 +269,8 @@ def plan_line(plan: Plan | None) -> str:
     """A plan in a line, for the report."""
     if plan is None:
         return "none needed: everything fits with room to spare"
-    kept = " and ".join(f"{format_bytes(nbytes)} on {device}" for device, nbytes in _kept_bytes(plan).items())
-    if len(_kept_bytes(plan)) < 2:
-        kept = format_bytes(sum(_kept_bytes(plan).values()))
+    on = {device: format_bytes(nbytes) for device, nbytes in _kept_bytes(plan).items()}
+    kept = " and ".join(f"{size} on {device}" if len(on) > 1 else size for device, size in on.items())
     peak = format_bytes(plan.devices[-1].peak_bytes)
     if not plan.streams:
         return f"{kept} resident, peak at most {peak}"

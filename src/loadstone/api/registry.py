@@ -83,6 +83,11 @@ class Loaded:
         return self.report.plan
 
     @property
+    def computing(self) -> tuple[str, ...]:
+        """The devices that compute, as the plan or else the load chose them."""
+        return (self.report.device.value,) if self.plan is None else self.plan.computing
+
+    @property
     def is_parked(self) -> bool:
         """Whether the model has left memory."""
         return self.residency is not None and self.residency.is_parked
@@ -266,9 +271,9 @@ class Loaded:
             return self.residency
 
     def _refuse_several_devices(self, what: str) -> None:
-        if self.plan is not None and len(self.plan.computing) > 1 and self._arranged is None:
+        if len(self.computing) > 1 and self._arranged is None:
             raise PlanNotSupported(
-                f"{what}: expected a model that computes on one device, found one on {', '.join(self.plan.computing)}; "
+                f"{what}: expected a model that computes on one device, found one on {', '.join(self.computing)}; "
                 "drop it, and load it again when it is wanted."
             )
 

@@ -119,9 +119,10 @@ class _Walk:
             self._hook(module, _Way(self._main), self._main)
             self._below(module)
         elif devices:
-            own = self._gather_all(module, _found(module, _first_parameter(module)).device)
-            stays = own == self._main or module is self._head
-            self._hook(module, _Way(own, _first_parameter(module)), None if stays else self._main)
+            way = _way_to(module)
+            self._gather_all(module, way.device)
+            stays = way.device == self._main or module is self._head
+            self._hook(module, way, None if stays else self._main)
         else:
             self._gather_all(module, self._main)
 
@@ -144,10 +145,9 @@ class _Walk:
         if isinstance(block, _NEVER_CALLED) or not _devices(block):
             self.around_blocks(block)
         elif not self._knows(block):
-            first = _first_parameter(block)
-            own = _found(block, first).device
-            self._hook(block, _Way(own, first), None)
-            self._inside(block, own)
+            way = _way_to(block)
+            self._hook(block, way, None)
+            self._inside(block, way.device)
 
     def _inside(self, module: nn.Module, around: torch.device) -> None:
         """What is inside a block: parts that lie elsewhere give their output to where what is around them computes."""
@@ -157,9 +157,9 @@ class _Walk:
             if devices <= {around} or (_is_one(child) and len(devices) > 1):
                 self._gather_all(child, around)
             elif len(devices) == 1 and not isinstance(child, _NEVER_CALLED):
-                first = _first_parameter(child)
-                own = self._gather_all(child, _found(child, first).device)
-                self._hook(child, _Way(own, first), around)
+                way = _way_to(child)
+                self._gather_all(child, way.device)
+                self._hook(child, way, around)
             else:
                 self._inside(child, around)
 
@@ -181,11 +181,10 @@ class _Walk:
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
 
-    def _gather_all(self, module: nn.Module, device: torch.device) -> torch.device:
-        """Have all of a module on a device, which is returned."""
+    def _gather_all(self, module: nn.Module, device: torch.device) -> None:
+        """Have all of a module on a device."""
         for one in module.modules():
             self._gather(one, device)
-        return device
 
     @staticmethod
     def _hook(module: nn.Module, way: _Way, output: torch.device | None) -> None:
@@ -203,21 +202,22 @@ def _main_device(module: nn.Module) -> torch.device:
     """Where the first block computes; where there is none, the first parameter."""
     lists = (one for one in module.modules() if isinstance(one, (*_NEVER_CALLED, nn.Sequential)))
     first = next((block for one in lists for block in one.children() if _devices(block)), module)
-    return _found(first, _first_parameter(first)).device
+    return _way_to(first).device
 
 
 def _devices(module: nn.Module) -> set[torch.device]:
     return {parameter.device for parameter in module.parameters()}
 
 
-def _first_parameter(module: nn.Module) -> _Place:
-    """The path and name of the first parameter in a module that has any."""
-    return next(
+def _way_to(module: nn.Module) -> _Way:
+    """The way to a module that has parameters: to the first of them."""
+    place = next(
         (path, name)
         for path, owner in module.named_modules()
         for name, parameter in owner._parameters.items()
         if parameter is not None
     )
+    return _Way(_found(module, place).device, place)
 
 
 def _found(module: nn.Module, place: _Place) -> torch.Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from loadstone.plan.units import Inventory
 from loadstone.plan.values import HOST, Plan, Unit, UnitKind
 
 
@@ -41,7 +40,7 @@ def _slot_sizes(streamed: Iterable[Unit], num_slots: int) -> list[int]:
     return sorted((unit.slot_bytes for unit in streamed), reverse=True)[:num_slots]
 
 
-def expert_room(plan: Plan, found: Inventory) -> Room:
+def expert_room(plan: Plan, units: Mapping[str, Unit]) -> Room:
     """What a plan gives to experts that the host streams: what it keeps of them, and what others leave of the slots.
 
     Which experts are worth keeping is known only once routers have chosen, so that those which the plan keeps in memory
@@ -49,9 +48,8 @@ def expert_room(plan: Plan, found: Inventory) -> Room:
 
     Args:
         plan: what goes where.
-        found: the units that it places.
+        units: that its placements name.
     """
-    units = found.placed([one.unit for one in plan.placements])
     placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.compute == HOST]
     experts = [(unit, is_streamed) for unit, is_streamed in placed if unit.kind is UnitKind.EXPERT]
     if not any(is_streamed for _, is_streamed in experts):

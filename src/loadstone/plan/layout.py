@@ -247,22 +247,12 @@ def _shares(
     problem: Problem, steps: Sequence[_Step], served: Device, others: Sequence[Device], *, is_first: bool
 ) -> list[tuple[Device, list[Unit]]]:
     """What each device computes: the others as much as they can keep, the one that is served what is left."""
-    walk = list(reversed(steps)) if is_first else list(steps)
-    shares: list[tuple[Device, list[Unit]]] = []
-    begin = 0
-    for device in reversed(others) if is_first else others:
-        left, end = problem.device_room(device.id), begin
-        while end < len(walk) and walk[end][0] <= left:
-            left -= walk[end][0]
-            end += 1
-        shares.append((device, _units(walk[begin:end])))
-        begin = end
-    shares.append((served, problem.inventory.whole_layers(_units(walk[begin:]))))
+    turn = -1 if is_first else 1
+    walk, queue = steps[::turn], others[::turn]
+    kept, count = _filled(walk, [problem.device_room(device.id) for device in queue])
+    left = [unit for _, units in walk[count:] for unit in units]
+    shares = [*zip(queue, kept, strict=True), (served, problem.inventory.whole_layers(left))]
     return [(device, sorted(units, key=lambda unit: unit.order)) for device, units in shares if units]
-
-
-def _units(steps: Iterable[_Step]) -> list[Unit]:
-    return [unit for _, units in steps for unit in units]
 
 
 def _run_s(problem: Problem, layout: Layout) -> float:
@@ -359,17 +349,23 @@ def _steps(problem: Problem) -> list[_Step]:
 
 def _packed(steps: Sequence[_Step], rooms: Sequence[int]) -> list[list[Unit]] | None:
     """Fill one device after another; None where the last is full too early."""
+    shares, count = _filled(steps, rooms)
+    return shares if count == len(steps) else None
+
+
+def _filled(steps: Sequence[_Step], rooms: Sequence[int]) -> tuple[list[list[Unit]], int]:
+    """Fill one device after another; gives the share of each, and how many steps found room."""
     shares: list[list[Unit]] = [[] for _ in rooms]
-    index, left = 0, rooms[0]
-    for size, units in steps:
+    index, left = -1, -1
+    for count, (size, units) in enumerate(steps):
         while size > left:
             index += 1
             if index == len(rooms):
-                return None
+                return shares, count
             left = rooms[index]
         shares[index].extend(units)
         left -= size
-    return shares
+    return shares, len(steps)
 
 
 def _orders(units: Iterable[Unit]) -> set[int]:
