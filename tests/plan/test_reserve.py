@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import builders
 from loadstone.hardware.cpu import cpu
@@ -15,6 +16,7 @@ from loadstone.plan.facts import Facts, facts_of
 from loadstone.plan.layer_caches import LayerCache
 from loadstone.plan.reserve import (
     FIRST_PASS_BYTES,
+    FIRST_PASS_BYTES_16,
     KERNEL_BYTES,
     PACKING_BYTES,
     Loading,
@@ -192,7 +194,7 @@ def test_an_allocator_cannot_use_blocks_again_that_a_cache_has_moved_into() -> N
 @pytest.mark.parametrize(
     ("tokens", "layers", "bits", "kinds"),
     [
-        (64, 8, 16, 31),  # of 64 draws, nearly half have a number that is drawn anyway
+        (64, 8, 16, 29),  # of 64 draws, more than half have a number that is drawn anyway
         (64, 1, 16, 8),  # as many as there are experts in all
         (1, 8, 16, 1),
         (64, 8, 32, 0),  # another library
@@ -225,7 +227,7 @@ def test_an_allocator_keeps_small_blocks_and_gives_large_ones_back() -> None:
     short = Pressure(run=Run(context=64, prompt_tokens=32), dtype_bits=32)
     found = facts(model)
     used = activation_bytes(terms(found, short)) + logits_bytes(terms(found, short)) + sum(cache_bytes(found, short))
-    assert heap_bytes(found, short) == int(1.5 * used) + FIRST_PASS_BYTES + PACKING_BYTES
+    assert heap_bytes(found, short) == int(1.05 * used) + FIRST_PASS_BYTES + PACKING_BYTES
     long = Pressure(run=Run(context=10**8, prompt_tokens=10**8), dtype_bits=32)
     assert heap_bytes(found, long) < 10**9 < activation_bytes(terms(found, long))
 
@@ -234,7 +236,7 @@ def test_where_nothing_is_kept_between_passes_little_is_left_between_blocks() ->
     model: Any = builders.tiny_model("bert", "encoder")
     found, pressure = facts(model), Pressure(run=Run(context=64, prompt_tokens=64), dtype_bits=32, num_threads=3)
     between = activation_bytes(terms(found, pressure))
-    assert heap_bytes(found, pressure) == int(0.5 * between) + FIRST_PASS_BYTES + 3 * PACKING_BYTES
+    assert heap_bytes(found, pressure) == int(0.75 * between) + FIRST_PASS_BYTES + 3 * PACKING_BYTES
 
 
 _PRODUCTS = """
@@ -276,6 +278,15 @@ def test_instructions_for_bfloat16_need_no_sums_beside(dtype: str, features: tup
     assert sums_apart(dtype, features) is apart
 
 
+def most_alive(profile: Any) -> int:
+    """The most bytes of tensors that a profile saw at a time, beside those that were there before."""
+    now, most = 0, 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, now)
+    return most
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_product_takes_no_more_than_is_planned(dtype: torch.dtype) -> None:
     tokens, width, inner = 256, 256, 4096
@@ -283,11 +294,7 @@ def test_a_product_takes_no_more_than_is_planned(dtype: torch.dtype) -> None:
     torch.nn.functional.linear(values, weight)  # kernels come into being
     with torch.profiler.profile(profile_memory=True) as profile:
         torch.nn.functional.linear(values, weight)
-    now, most = 0, 0
-    events: Any = profile.profiler
-    for event in sorted(events.kineto_results.events(), key=lambda event: event.start_ns()):
-        now += event.nbytes() if event.name() == "[memory]" else 0
-        most = max(most, now)
+    most = most_alive(profile)
     apart = sums_apart(str(dtype).removeprefix("torch."), cpu().features)
     planned = tokens * inner * (dtype.itemsize + (4 if apart else 0))
     packed = 2 * width * inner * dtype.itemsize  # weights in oneDNN's order, in part
@@ -340,12 +347,70 @@ def test_what_an_encoder_had_is_gone_when_the_cache_of_its_decoder_comes() -> No
         "vocab_size": 32_128,
         "is_encoder_decoder": True,
     }
-    pressure, found = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=32), facts_of(config)
+    pressure, found = Pressure(run=Run(context=518, prompt_tokens=512), dtype_bits=16), facts_of(config)
     allocated, cache = terms(found, pressure), sum(cache_bytes(found, pressure))
     assert activation_bytes(allocated) < cache
-    assert beside_cache(found, pressure, allocated, cache) == 512 * 768 * 4 + allocated["cache_growth"]
+    assert beside_cache(found, pressure, allocated, cache) == 512 * 768 * 2 + allocated["cache_growth"]
     long = activation_bytes(allocated) + 10**6
     assert beside_cache(found, pressure, {**allocated, "residual": long + cache}, cache) > long
-    states = 512 * 768 * 4
+    states = 512 * 768 * 2
     live = cache + states + allocated["cache_growth"] + logits_bytes(allocated)
-    assert heap_bytes(found, pressure) == int(1.5 * live) + FIRST_PASS_BYTES + PACKING_BYTES
+    assert heap_bytes(found, pressure) == int(1.2 * live) + FIRST_PASS_BYTES_16
+
+
+def peak_of_a_forward(model: Any, **inputs: torch.Tensor) -> int:
+    """The most bytes that torch has allocated at a time, of a pass that is not the first."""
+    with torch.inference_mode():
+        model(**inputs)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model(**inputs)
+    return most_alive(profile)
+
+
+@pytest.mark.parametrize(("activation", "blocks"), [("gelu_new", 4), ("gelu_pytorch_tanh", 3)])
+def test_an_activation_function_in_steps_takes_a_block_more(activation: str, blocks: int) -> None:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_inner": 2048, "vocab_size": 64}
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function=activation)).eval()
+    found, run = facts(model), Run(context=257, prompt_tokens=256)
+    assert found.inner_blocks == blocks
+    planned = activation_bytes(terms(found, Pressure(run=run, dtype_bits=32)))
+    tokens = torch.randint(0, model.config.vocab_size, (1, 256))
+    most = peak_of_a_forward(model, input_ids=tokens, logits_to_keep=1, use_cache=False)
+    block = 256 * 2048 * 4
+    assert planned - 1.5 * block < most <= planned + 4096  # masks and positions
+
+
+def test_activation_functions_that_configs_do_not_name_are_those_of_their_type() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # Their configs always name it (apertus), or name two (clvp_decoder, pop2piano), or hold others (pix2struct).
+    known = {"apertus", "clvp_decoder", "pix2struct", "pop2piano"}
+    differ = set()
+    for model_type, config in CONFIG_MAPPING.items():
+        try:
+            full = config().to_dict()
+        except Exception:  # those that need arguments
+            continue
+        if facts_of(full).inner_blocks != facts_of({"model_type": model_type}).inner_blocks:
+            differ.add(model_type)
+    assert differ <= known
+
+
+@pytest.mark.parametrize(("tokens", "fewest", "most"), [(64, 41, 49), (512, 121, 135), (2048, 171, 175)])
+def test_as_many_numbers_of_rows_are_expected_as_a_router_was_seen_to_make(tokens: int, fewest: int, most: int) -> None:
+    config = {"model_type": "granitemoe", "num_hidden_layers": 6, "num_local_experts": 32, "num_experts_per_tok": 8}
+    config |= {"architectures": ["GraniteMoeForCausalLM"], "hidden_size": 64, "num_attention_heads": 4}
+    found = facts_of(config)
+    pressure = Pressure(run=Run(context=tokens + 1, prompt_tokens=tokens), dtype_bits=16)
+    products = heap_bytes(found, pressure) - heap_bytes(replace(found, num_experts=0), pressure)
+    assert fewest <= products / KERNEL_BYTES / 2 <= most
+
+
+def test_scores_of_an_encoder_lie_where_its_layers_did_if_they_are_not_too_large() -> None:
+    found = replace(facts(builders.tiny_model("bert", "encoder")), needs_head=True)
+    pressure = Pressure(run=Run(context=64, prompt_tokens=64), dtype_bits=32)
+    for vocab, beside in ((1, -1), (10**4, 0), (10**6, 1)):
+        allocated = terms(replace(found, vocab=vocab), pressure)
+        between, all_layers = beside_cache(found, pressure, allocated, 0), activation_bytes(allocated)
+        expected = {-1: all_layers - allocated["logits"], 0: allocated["residual"], 1: all_layers}[beside]
+        assert between == expected

@@ -22,6 +22,18 @@ _ENCODERS = re.compile(
     r"|clip(_\w+)?|siglip2?(_\w+)?|convnext|deit|dinov2|dinov3_\w+|resnet|swin|vit"
     r"|hubert|unispeech|wav2vec2(-conformer)?|wavlm"
 )
+# Blocks of the inner width that are alive at a time: gate, up and their product. There are more where transformers
+# writes an activation function out in steps; below, model types that mean such a function if their config names none.
+# Source: https://github.com/huggingface/transformers/blob/main/src/transformers/activations.py
+GATED_BLOCKS, _STEPWISE_BLOCKS = 3, 4
+_STEPS = {
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gated-gelu"), _STEPWISE_BLOCKS),
+    "xielu": 6,
+}
+_STEPWISE = re.compile(
+    r"albert|big_bird|bigbird_pegasus|codegen|fnet|funnel|gpt-sw3|gpt2|gpt_neo|gptj|kosmos_2_5_vision_model|mt5"
+    r"|nystromformer|openai-gpt|phi|pix2struct_(text|vision)_model|umt5|vivit"
+)
 _HEADED = ("CausalLM", "LMHead", "ConditionalGeneration", "MaskedLM", "PreTraining", "Seq2Seq")
 
 
@@ -36,6 +48,7 @@ class Facts:
         key_dim: the width of a key head.
         value_dim: the width of a value head.
         inner: the width of the widest dense feed-forward layer.
+        inner_blocks: of that width, alive at a time: gate, up and their product, or what an activation function makes.
         expert_inner: the width of one expert.
         num_experts: that the router chooses from.
         num_chosen: experts for each token, shared ones included.
@@ -57,6 +70,7 @@ class Facts:
     key_dim: int = 0
     value_dim: int = 0
     inner: int = 0
+    inner_blocks: int = GATED_BLOCKS
     expert_inner: int = 0
     num_experts: int = 0
     num_chosen: int = 0
@@ -101,6 +115,7 @@ def facts_of(config: Mapping[str, Any] | None) -> Facts:
         key_dim=key_dim,
         value_dim=value_dim,
         inner=_inner(sizes),
+        inner_blocks=_inner_blocks(text),
         expert_inner=sizes.number("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size") or 0,
         num_experts=_num_experts(sizes),
         num_chosen=_num_chosen(sizes),
@@ -149,6 +164,14 @@ def _head_dims(sizes: Sizes) -> tuple[int, int]:
 def _inner(sizes: Sizes) -> int:
     inner = sizes.number("intermediate_size", "d_ff", "ffn_dim", "n_inner", "decoder_ffn_dim", "ffn_hidden_size")
     return inner or 4 * (sizes.width or 0)  # GPT-2's n_inner is null for four times the width
+
+
+def _inner_blocks(text: Mapping[str, Any]) -> int:
+    fields = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "feed_forward_proj")
+    named = [text[name] for name in fields if isinstance(text.get(name), str)]
+    if not named and _STEPWISE.fullmatch(str(text.get("model_type"))):
+        return _STEPWISE_BLOCKS
+    return max((_STEPS.get(name, GATED_BLOCKS) for name in named), default=GATED_BLOCKS)
 
 
 def _num_experts(sizes: Sizes) -> int:

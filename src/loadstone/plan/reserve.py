@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from loadstone.plan.facts import Facts
+from loadstone.plan.facts import GATED_BLOCKS, Facts
 from loadstone.plan.load_peak import TENSOR_BYTES
 from loadstone.plan.values import Run
 
@@ -24,19 +24,21 @@ NUM_BUFFERS = 2
 _FLOAT32_BYTES = 4
 _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
-# most: 0.3 to 1.5, for one model too, from run to run (benchmarks/bench_plan.py). Blocks of 32 MB and more go back at
-# once.
+# most, in float32 and in 16 bits: next to nothing up to this, for one model too, from run to run (bench_plan.py), and
+# what an activation function in steps leaves beside it, a block for each that is alive beyond three (GPT-2).
+# Blocks of 32 MB and more go back at once.
 # Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD)
-HEAP_SHARE = 1.5
+HEAP_SHARE, HEAP_SHARE_16 = 1.05, 1.2
 # Without a cache nothing is left between what a pass frees, and the next one finds it; of what is between operations.
-_STEADY_SHARE = 0.5
+_STEADY_SHARE = 0.75
 # And at least so much of a layer's largest block for each layer: the cache's new tensors are put into the block that
 # the layer before has freed, which is then too small for the next one. In float32 found where it was most: 24 layers,
 # 10 MB. In 16 bits, whose products are another library's, 0.2 to 0.39 of 24 and 28 layers, 0.47 of 14, in 37 runs.
-PINNED_SHARE, _PINNED_SHARE_16 = 0.7, 0.5
+PINNED_SHARE, PINNED_SHARE_16 = 0.7, 0.5
 _HEAP_BLOCK_BYTES = 32 << 20
-# Threads, generators and kernels that come into being with the first pass.
-FIRST_PASS_BYTES = 6_000_000
+# Threads, generators and kernels that come into being with the first pass, in float32 and in 16 bits; BERT took 8.9 and
+# 5.6 for 64 tokens beside what is known.
+FIRST_PASS_BYTES, FIRST_PASS_BYTES_16 = 9_000_000, 6_000_000
 # Where MKL rearranges the matrices of a float32 product, for each thread; kept from the first product on. Measured with
 # matrices of 768 x 30,522 to 2,048 x 8,192; in 16 bits (oneDNN) a product leaves about 1 MB in all.
 PACKING_BYTES = 5_200_000
@@ -47,8 +49,10 @@ PACKING_BYTES = 5_200_000
 KERNEL_BYTES, _MAX_KERNELS = 585_000, 1024
 _EXPERT_PRODUCTS = 2  # gate and up as one, and down
 # How far the tokens of experts lie from their mean, of that mean, where a router has favourites: that of 32 experts
-# with random weights sent 6 to 398 tokens to each, 128 on average.
+# with random weights sent 6 to 398 tokens to each, 128 on average. Six such layers gave their experts 41 to 49 numbers
+# of 64 tokens that differ, 121 to 135 of 512 and 171 to 175 of 2,048; with this, 41, 134 and 174 are expected.
 _FAVOUR = 0.6
+_NUM_STEPS = 256
 # Staging buffers of the threads that read, where tensors are cast, and where blocks are decoded.
 CAST_BYTES, DECODE_BYTES = 16_000_000, 64_000_000
 
@@ -129,8 +133,7 @@ def terms(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
         # RMSNorm.forward: a float32 copy, its square, and the product before it is cast back
         "norm": 3 * tokens * facts.width * _FLOAT32_BYTES,
         "attention": _attention(facts, pressure),
-        # down_proj(act(gate_proj(x)) * up_proj(x)): gate, up, and either their product or the sums of one of them
-        "feed_forward": (2 * width + max(width, pressure.sum_bytes)) * tokens * facts.inner,
+        "feed_forward": _feed_forward(facts, pressure),
         "experts": _experts(facts, pressure),
         # masking_utils.sdpa_mask: bools, made where sequences are padded or windows are narrower than the context
         "mask": _mask(facts, pressure),
@@ -149,9 +152,10 @@ def activation_bytes(found: Mapping[str, int]) -> int:
 
 
 def beside_cache(facts: Facts, pressure: Pressure, found: Mapping[str, int], cache: int) -> int:
-    """The same on a device that keeps a whole cache.
+    """The same on a host that computes everything, whose allocator uses freed memory for whatever comes next.
 
-    An encoder is done when the cache of its decoder comes: of all that it had, its last states are left.
+    An encoder is done when the cache of its decoder comes: of all that it had, its last states are left. One without a
+    decoder is done when the scores of its tokens come, which lie where its layers did if they are not too large.
 
     Args:
         facts: of the config.
@@ -159,6 +163,9 @@ def beside_cache(facts: Facts, pressure: Pressure, found: Mapping[str, int], cac
         found: `terms`.
         cache: bytes of the cache.
     """
+    if not facts.caches:
+        scores = found["logits"] if found["logits"] < _HEAP_BLOCK_BYTES else 0
+        return max(activation_bytes(found) - scores, found["residual"])
     if not facts.cross_numel or facts.max_source:
         return activation_bytes(found)
     states = pressure.tokens * facts.width * pressure.width_bytes
@@ -180,14 +187,18 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     found, blocks = terms(facts, pressure), _blocks(facts, pressure)
     # One of 32 MB takes more, with what malloc notes of it.
     small = {name: nbytes if blocks[name] < _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
-    always = FIRST_PASS_BYTES + _kept_by_products(facts, pressure)
+    is_wide = pressure.width_bytes >= _FLOAT32_BYTES
+    always = FIRST_PASS_BYTES if is_wide else FIRST_PASS_BYTES_16
+    always += _kept_by_products(facts, pressure)
     if not facts.caches:
         return int(_STEADY_SHARE * activation_bytes(small)) + always
     cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes < 2 * _HEAP_BLOCK_BYTES)
-    kept = HEAP_SHARE * (beside_cache(facts, pressure, small, cache) + logits_bytes(small) + cache)
+    share, pinned = (HEAP_SHARE, PINNED_SHARE) if is_wide else (HEAP_SHARE_16, PINNED_SHARE_16)
+    kept = share * (beside_cache(facts, pressure, small, cache) + logits_bytes(small) + cache)
+    if small["feed_forward"]:
+        kept += (facts.inner_blocks - GATED_BLOCKS) * blocks["feed_forward"]
     of_layer = (blocks["attention"], blocks["feed_forward"])
     largest = max((nbytes for nbytes in of_layer if nbytes < _HEAP_BLOCK_BYTES), default=0)
-    pinned = PINNED_SHARE if pressure.width_bytes >= _FLOAT32_BYTES else _PINNED_SHARE_16
     return int(max(kept, pinned * largest * len(facts.layers))) + always
 
 
@@ -199,18 +210,25 @@ def _kept_by_products(facts: Facts, pressure: Pressure) -> int:
 
 
 def _kinds_of_rows(facts: Facts, pressure: Pressure) -> int:
-    """How many different numbers of tokens experts get in a pass, in 16 bits.
+    """How many different numbers of tokens experts get in a pass, in 16 bits, as expected.
 
-    The tokens that choose an expert are drawn by chance, and routers have favourites. As many numbers are found as if
-    all within the width of that distribution (2 sqrt(pi) standard deviations) were as likely as each other.
+    The tokens that choose an expert are drawn by chance, and routers have favourites: a gamma distribution with the
+    spread of both. A number is among those drawn unless all draws have missed it.
     """
     if not facts.num_chosen or not facts.num_experts:
         return 0
     share = min(1.0, facts.num_chosen / facts.num_experts)
-    mean, chance = pressure.tokens * share, pressure.tokens * share * (1 - share)
-    width = max(1.0, 2 * math.sqrt(math.pi * (chance + (_FAVOUR * mean) ** 2)))
+    mean = pressure.tokens * share
+    variance = mean * (1 - share) + (_FAVOUR * mean) ** 2
+    shape, scale = mean**2 / variance, variance / mean
     num_drawn = facts.num_experts * len(facts.layers)
-    return min(pressure.tokens, num_drawn, math.ceil(-width * math.expm1(-num_drawn / width)))
+    step = 10 * math.sqrt(variance) / _NUM_STEPS
+    expected = 0.0
+    for index in range(_NUM_STEPS):
+        rows = (index + 0.5) * step
+        log_share = (shape - 1) * math.log(rows / scale) - rows / scale - math.lgamma(shape) - math.log(scale)
+        expected -= step * math.expm1(-num_drawn * math.exp(log_share))
+    return min(pressure.tokens, num_drawn, math.ceil(expected))
 
 
 def _blocks(facts: Facts, pressure: Pressure) -> Mapping[str, int]:
@@ -273,6 +291,15 @@ def _attention(facts: Facts, pressure: Pressure) -> int:
         # sdpa_attention_forward: with a mask, keys and values are repeated for every query head
         numel += reached * facts.num_heads * (facts.key_dim + facts.value_dim)
     return numel * width
+
+
+def _feed_forward(facts: Facts, pressure: Pressure) -> int:
+    """down_proj(act(gate_proj(x)) * up_proj(x)): gate, up, and either their product or the sums of one of them.
+
+    Where the activation function is written out in steps, its blocks are more.
+    """
+    products = 2 * pressure.width_bytes + max(pressure.width_bytes, pressure.sum_bytes)
+    return pressure.tokens * facts.inner * max(products, facts.inner_blocks * pressure.width_bytes)
 
 
 def _experts(facts: Facts, pressure: Pressure) -> int:
