@@ -52,7 +52,8 @@ _EXPERT_PRODUCTS = 2  # gate and up as one, and down
 # with random weights sent 6 to 398 tokens to each, 128 on average. Six such layers gave their experts 41 to 49 numbers
 # of 64 tokens that differ, 121 to 135 of 512 and 171 to 175 of 2,048; with this, 41, 134 and 174 are expected.
 _FAVOUR = 0.6
-_NUM_STEPS = 256
+# How far that distribution is followed, in standard deviations, and in how many steps.
+_NUM_DEVIATIONS, _NUM_STEPS = 10, 256
 # Staging buffers of the threads that read, where tensors are cast, and where blocks are decoded.
 CAST_BYTES, DECODE_BYTES = 16_000_000, 64_000_000
 
@@ -83,6 +84,11 @@ class Pressure:
     def width_bytes(self) -> int:
         """Of one element."""
         return max(1, self.dtype_bits // 8)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether products are in float32: in 16 bits they are another library's, which keeps other things."""
+        return self.width_bytes >= _FLOAT32_BYTES
 
     @property
     def sum_bytes(self) -> int:
@@ -187,13 +193,12 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
     found, blocks = terms(facts, pressure), _blocks(facts, pressure)
     # One of 32 MB takes more, with what malloc notes of it.
     small = {name: nbytes if blocks[name] < _HEAP_BLOCK_BYTES else 0 for name, nbytes in found.items()}
-    is_wide = pressure.width_bytes >= _FLOAT32_BYTES
-    always = FIRST_PASS_BYTES if is_wide else FIRST_PASS_BYTES_16
+    always = FIRST_PASS_BYTES if pressure.is_wide else FIRST_PASS_BYTES_16
     always += _kept_by_products(facts, pressure)
     if not facts.caches:
         return int(_STEADY_SHARE * activation_bytes(small)) + always
     cache = sum(nbytes for nbytes in cache_bytes(facts, pressure) if nbytes < 2 * _HEAP_BLOCK_BYTES)
-    share, pinned = (HEAP_SHARE, PINNED_SHARE) if is_wide else (HEAP_SHARE_16, PINNED_SHARE_16)
+    share, pinned = (HEAP_SHARE, PINNED_SHARE) if pressure.is_wide else (HEAP_SHARE_16, PINNED_SHARE_16)
     kept = share * (beside_cache(facts, pressure, small, cache) + logits_bytes(small) + cache)
     if small["feed_forward"]:
         kept += (facts.inner_blocks - GATED_BLOCKS) * blocks["feed_forward"]
@@ -204,7 +209,7 @@ def heap_bytes(facts: Facts, pressure: Pressure) -> int:
 
 def _kept_by_products(facts: Facts, pressure: Pressure) -> int:
     """What libraries of products keep for the next one."""
-    if pressure.width_bytes >= _FLOAT32_BYTES:
+    if pressure.is_wide:
         return PACKING_BYTES * pressure.num_threads
     return KERNEL_BYTES * min(_MAX_KERNELS, _EXPERT_PRODUCTS * _kinds_of_rows(facts, pressure))
 
@@ -222,12 +227,13 @@ def _kinds_of_rows(facts: Facts, pressure: Pressure) -> int:
     variance = mean * (1 - share) + (_FAVOUR * mean) ** 2
     shape, scale = mean**2 / variance, variance / mean
     num_drawn = facts.num_experts * len(facts.layers)
-    step = 10 * math.sqrt(variance) / _NUM_STEPS
+    log_norm = math.lgamma(shape) + math.log(scale)
+    step = _NUM_DEVIATIONS * math.sqrt(variance) / _NUM_STEPS
     expected = 0.0
     for index in range(_NUM_STEPS):
-        rows = (index + 0.5) * step
-        log_share = (shape - 1) * math.log(rows / scale) - rows / scale - math.lgamma(shape) - math.log(scale)
-        expected -= step * math.expm1(-num_drawn * math.exp(log_share))
+        rows = (index + 0.5) * step / scale
+        share_of_rows = math.exp((shape - 1) * math.log(rows) - rows - log_norm)
+        expected -= step * math.expm1(-num_drawn * share_of_rows)
     return min(pressure.tokens, num_drawn, math.ceil(expected))
 
 
