@@ -58,10 +58,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLink]]:
     assert [made.num_locked_bytes for made in links] == [0] * len(links)
 
 
-def on_device(path: Path, units: tuple[str, ...] = (), **more: Any) -> Any:
+def on_device(path: Path, units: tuple[str, ...] = (), *, dtype: str | None = None, **more: Any) -> Any:
     """A model on the device, some units of which are streamed there."""
     streaming = Streaming(units=units, num_slots=2, device="cuda:0", **more) if units else None
-    return carry_out(Request(source=path, device=None if units else "cuda:0", streaming=streaming))
+    return carry_out(Request(source=path, device=None if units else "cuda:0", streaming=streaming, dtype=dtype))
 
 
 def senders() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loadstone.dtypes import DTYPES
@@ -108,8 +108,8 @@ def chosen(model: nn.Module, asked: Asked, origin: Origin | None = None) -> Chos
     elif replace(asked, states=None) != Asked():
         raise ValueError("states= says everything; leave device=, max_memory=, home= and dtype= out.")
     _check(states, machine)
-    rearranged = _rearranged(origin) if origin is not None and states.on_disk else {}
-    return _chosen(model, states, machine, asked.max_memory, rearranged)
+    on_the_way = _on_the_way(origin) if origin is not None and states.on_disk else _OnTheWay()
+    return _chosen(model, states, machine, asked.max_memory, on_the_way)
 
 
 def _check(states: States, machine: Machine) -> None:
@@ -128,37 +128,55 @@ def _check(states: States, machine: Machine) -> None:
             raise ValueError(f'states: "{state[1]}" is no floating-point dtype that torch has.')
 
 
-def _rearranged(origin: Origin) -> dict[str, int]:
-    """What putting each parameter in order takes at most, as plans count it: decoded to float32, and then moved."""
-    from loadstone.stream.rearrange import is_rearranged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OnTheWay:
+    """What the parameters of a model need on their way from its files.
 
-    found: dict[str, int] = {}
+    Attributes:
+        rearranged_bytes: what putting each in order takes at most, as plans count it: decoded to float32, and then
+            moved.
+        expanding_bytes: what a device needs to make the most demanding of what is stored.
+    """
+
+    rearranged_bytes: Mapping[str, int] = field(default_factory=dict)
+    expanding_bytes: int = 0
+
+
+def _on_the_way(origin: Origin) -> _OnTheWay:
+    from loadstone.stream.rearrange import is_rearranged
+    from loadstone.stream.stored import stored_form
+
+    rearranged: dict[str, int] = {}
+    expanding = 0
     for fqn, one in origin.wanted.items():
         parts = [(part, origin.checkpoint.tensors[part.source]) for part in one.assignment.parts]
-        found[fqn] = sum(4 * info.numel for part, info in parts if is_rearranged(part, info))
-    return found
+        rearranged[fqn] = sum(4 * info.numel for part, info in parts if is_rearranged(part, info))
+        form = stored_form(one.assignment, one.target, origin.checkpoint.tensors)
+        expanding = max(expanding, form.expanding_bytes if form is not None else 0)
+    return _OnTheWay(rearranged_bytes=rearranged, expanding_bytes=expanding)
 
 
 def _chosen(
-    model: nn.Module, states: States, machine: Machine, max_memory: str | int | None, rearranged: Mapping[str, int]
+    model: nn.Module, states: States, machine: Machine, max_memory: str | int | None, on_the_way: _OnTheWay
 ) -> Chosen:
     from loadstone.execute.divide import divided
     from loadstone.stream.way import Keep
 
     device = device_id(states.computing[0], machine)
     rounding = _rounding(model, states)
-    sizes = _sizes(model, divided(model), states, rounding, rearranged)
+    sizes = _sizes(model, divided(model), states, rounding, on_the_way.rearranged_bytes)
+    expanding = 0 if device == HOST else on_the_way.expanding_bytes
     home = Keep.DISK if states.ready[0] == DISK else Keep.HOST
     near = states.staged[0] if states.staged[0] in (HOST, DISK) else device_id(states.staged[0], machine)
     if near == device and not any(map(rounding, _fqns(sizes.parts))) and states.staged_bytes is None:
-        room = _room(machine, device, max_memory)
+        room = _room(machine, device, max_memory) - expanding
         away, num_slots = _streamed(sizes, machine, device, room)
         staged: set[str] = set()
     else:
         blocks = [unit for unit in sizes.units if unit.kind is UnitKind.BLOCK]
         num_slots, limit = NUM_SLOTS, states.staged_bytes
         if near == device != states.ready[0] and limit is None:
-            limit = _left_for_staged(sizes, num_slots, _room(machine, device, max_memory), device)
+            limit = _left_for_staged(sizes, num_slots, _room(machine, device, max_memory) - expanding, device)
         staged = _staged(blocks, _UNBOUNDED if limit is None else limit) if near != states.ready[0] else set()
         rounds = any(map(rounding, _fqns(sizes.parts)))
         away = {unit.name for unit in blocks if rounds or near != device or unit.name not in staged}
@@ -261,7 +279,7 @@ def _streamed(sizes: _Sizes, machine: Machine, device: str, room: int) -> tuple[
 
 def _left_for_staged(sizes: _Sizes, num_slots: int, room: int, device: str) -> int:
     """What is left of the device for staged blocks, beside slots and all that is in no block."""
-    slots = [unit.slot_bytes for unit in sizes.units if unit.kind is UnitKind.BLOCK]
+    slots = [unit.slot_bytes_on(device) for unit in sizes.units if unit.kind is UnitKind.BLOCK]
     others = sum(unit.memory_bytes for unit in sizes.units if unit.kind is not UnitKind.BLOCK)
     left = room - sizes.other_bytes - others - num_slots * max(slots, default=0)
     if left < 0:

@@ -1,5 +1,7 @@
 """How llama.cpp's converter laid a tensor out differently from transformers, as data, and how to undo it.
 
+What undoes it takes numpy's arrays and torch's tensors alike.
+
 Source: https://github.com/ggml-org/llama.cpp/tree/master/conversion (modify_tensors of each model)
 """
 
@@ -10,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+# Of numpy or of torch.
+Array = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,19 +136,17 @@ def _unpermute_heads(layout: UnpermuteHeads, array: Array) -> Array:
 
 def _group_qkv(layout: GroupQkv, array: Array) -> Array:
     heads, groups = layout.num_heads, layout.num_kv_heads
-    head_dim = array.shape[0] // (heads + 2 * groups)
-    split = array.reshape(heads + 2 * groups, head_dim, *array.shape[1:])
-    queries = split[:heads].reshape(groups, heads // groups, *split.shape[1:])
+    split = np.arange(array.shape[0]).reshape(heads + 2 * groups, -1)
+    queries = split[:heads].reshape(groups, heads // groups, -1)
     keys, values = split[heads : heads + groups, None], split[heads + groups :, None]
-    return np.concatenate((queries, keys, values), axis=1).reshape(array.shape)
+    return array[np.concatenate((queries, keys, values), axis=1).reshape(-1)]
 
 
 def _group_heads(layout: GroupHeads, array: Array) -> Array:
-    moved = np.moveaxis(array, layout.dim, 0)
-    tail = moved[layout.offset :]
-    tiled = tail.reshape(layout.heads_per_group, layout.num_groups, layout.head_dim, *tail.shape[1:])
-    grouped = tiled.swapaxes(0, 1).reshape(tail.shape)
-    return np.moveaxis(np.concatenate((moved[: layout.offset], grouped)), 0, layout.dim)
+    entries = np.arange(array.shape[layout.dim])
+    head, tail = entries[: layout.offset], entries[layout.offset :]
+    grouped = tail.reshape(layout.heads_per_group, layout.num_groups, layout.head_dim).swapaxes(0, 1).reshape(-1)
+    return array[(slice(None),) * layout.dim + (np.concatenate((head, grouped)),)]
 
 
 def _chain(layout: Chain, array: Array) -> Array:
@@ -157,9 +157,9 @@ def _chain(layout: Chain, array: Array) -> Array:
 
 _UNDO: dict[type, Callable[[Any, Array], Array]] = {
     UnpermuteHeads: _unpermute_heads,
-    AddConstant: lambda layout, array: array + np.asarray(layout.value, array.dtype),
+    AddConstant: lambda layout, array: array + layout.value,
     Transpose: lambda layout, array: array.swapaxes(-1, -2),
-    Unsqueeze: lambda layout, array: array if array.ndim == layout.ndim else np.expand_dims(array, layout.dim),
+    Unsqueeze: lambda layout, array: array.reshape(shape_without(layout, array.shape)),
     LogNegate: lambda layout, array: np.log(-array),
     GroupQkv: _group_qkv,
     GroupHeads: _group_heads,
@@ -172,6 +172,35 @@ def computes(layout: Layout | None) -> bool:
     if isinstance(layout, Chain):
         return any(computes(step) for step in layout.layouts)
     return isinstance(layout, AddConstant | LogNegate)
+
+
+def moves_rows(layout: Layout | None) -> bool:
+    """Whether undoing a layout changes the order of entries of the first dimension, and nothing else."""
+    return isinstance(layout, UnpermuteHeads | GroupQkv) or (isinstance(layout, GroupHeads) and layout.dim == 0)
+
+
+def ordering_bytes(layout: Layout | None, index: tuple[slice, ...] | None, nbytes: int, numel: int) -> int:
+    """What it takes beside a tensor to put it in order where it arrives as stored (`loadstone.stream.expand`).
+
+    Args:
+        layout: the difference, or None.
+        index: the slice of the parameter that it fills, or None.
+        nbytes: of the stored tensor.
+        numel: its elements.
+    """
+    if moves_rows(layout):
+        return 2 * nbytes  # as stored, before and after
+    if layout is None and (index is None or (len(index) < 3 and index[-1].step in (None, 1))):
+        return 0  # straight to its place, or entry by entry
+    # In float32 at most: before, after, and between two steps.
+    return 4 * numel * (3 if isinstance(layout, Chain) else 2)
+
+
+def is_exact(layout: Layout | None) -> bool:
+    """Whether undoing a layout gives the same bits wherever it is done; a logarithm is each library's own."""
+    if isinstance(layout, Chain):
+        return all(map(is_exact, layout.layouts))
+    return not isinstance(layout, LogNegate)
 
 
 def shape_without(layout: Layout | None, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -49,9 +49,7 @@ def attach(
         if fqn not in streamed.wanted:  # it was loaded to stay, and went later
             return Keep.DISK
         sources = {part.source for part in streamed.wanted[fqn].assignment.parts}
-        # Blocks of an encoding would be kept decoded, which takes more than the plan has counted.
-        plain = all(checkpoint.tensors[name].encoding is None for name in sources)
-        return Keep.HOST if plain and sources <= streaming.in_memory else Keep.DISK
+        return Keep.HOST if sources <= streaming.in_memory else Keep.DISK
 
     way = Way(destination=Destination(streamed.device), keep=keep)
     if streaming.device == HOST:

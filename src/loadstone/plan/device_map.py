@@ -143,7 +143,9 @@ def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> 
         units.setdefault(one.compute, []).append(one.unit)
         if one.unit.kind is UnitKind.EMBEDDING:
             rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
-    rings = {device: ring_bytes(away, num_slots) + rows.get(device, 0) for device, away in units.items()}
+    rings = {device: ring_bytes(away, num_slots, device) + rows.get(device, 0) for device, away in units.items()}
+    for device in rings.keys() - {HOST}:
+        rings[device] += problem.expanding_bytes
     if buffers := buffer_bytes(streamed):
         rings[HOST] = rings.get(HOST, 0) + buffers
     return rings
@@ -156,7 +158,7 @@ def _missing(problem: Problem, found: list[Assignment], rings: Mapping[str, int]
     for device in (*accelerators, HOST):
         computing = [one.unit for one in found if one.compute == device]
         held = sum(
-            one.unit.memory_bytes if one.home == one.compute else one.unit.stored_bytes
+            one.unit.memory_bytes if one.home == one.compute else one.unit.carried_bytes
             for one in found
             if one.home == device
         )

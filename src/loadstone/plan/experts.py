@@ -21,23 +21,26 @@ class Room:
     tensors: frozenset[str] = frozenset()
 
 
-def ring_bytes(streamed: Iterable[Unit], num_slots: int) -> int:
+def ring_bytes(streamed: Iterable[Unit], num_slots: int, device: str = HOST) -> int:
     """The memory that streamed units need: the slots of a ring, or the others' slots and one expert beside.
 
     Args:
         streamed: the units; what is looked up by rows or read in slices needs no slot.
         num_slots: of the ring.
+        device: that has it.
     """
     slotted = [unit for unit in streamed if unit.is_slotted]
     experts = [unit for unit in slotted if unit.kind is UnitKind.EXPERT]
     others = [unit for unit in slotted if unit.kind is not UnitKind.EXPERT]
-    apart = sum(_slot_sizes(others, num_slots)) + _slot_sizes(experts, 1)[0] if experts and others else 0
-    return max(sum(_slot_sizes(slotted, num_slots)), apart)
+    apart = 0
+    if experts and others:
+        apart = sum(_slot_sizes(others, num_slots, device)) + _slot_sizes(experts, 1, device)[0]
+    return max(sum(_slot_sizes(slotted, num_slots, device)), apart)
 
 
-def _slot_sizes(streamed: Iterable[Unit], num_slots: int) -> list[int]:
+def _slot_sizes(streamed: Iterable[Unit], num_slots: int, device: str) -> list[int]:
     """How large the slots of a ring are: slot i suits the i-th largest unit, so that any of them find room at once."""
-    return sorted((unit.slot_bytes for unit in streamed), reverse=True)[:num_slots]
+    return sorted((unit.slot_bytes_on(device) for unit in streamed), reverse=True)[:num_slots]
 
 
 def expert_room(plan: Plan, units: Mapping[str, Unit]) -> Room:

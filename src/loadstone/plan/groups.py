@@ -90,7 +90,7 @@ def _group(segment: Segment, units: tuple[Unit, ...]) -> Group:
     return Group(
         units=units,
         size=unit.memory_bytes,
-        slot=unit.slot_bytes,
+        slot=unit.slot_bytes_on(segment.device),
         kept=unit.kept_bytes,
         held_bytes=held_bytes(unit, max(segment.tokens)) if goes_by_parts else None,
         gain=gain,

@@ -39,6 +39,7 @@ class Problem:
         beside: by place in execution, what the layer there does in either pass beside products with weights.
         pass_bytes: activations and logits of the largest pass, on each device that computes.
         device_workspace_bytes: of an accelerator.
+        expanding_bytes: what one needs beside its slots where something travels to it as stored.
         heap_bytes: what the host's allocator keeps beside them and the cache, where it computes.
         loading: what loading needs on the host.
         tokens: of a decoding pass, and of the pass over the prompt.
@@ -58,6 +59,7 @@ class Problem:
     beside: Mapping[int, tuple[Beside, Beside]]
     pass_bytes: int
     device_workspace_bytes: int
+    expanding_bytes: int
     heap_bytes: int
     loading: Loading
     tokens: tuple[int, int]
@@ -182,6 +184,7 @@ def _segment(problem: Problem, device: str, units: Sequence[Unit], host_room: in
         offload=problem.offload,
         fronts=problem.fronts,
         compresses=problem.compresses,
+        expanding_bytes=0 if device == HOST else problem.expanding_bytes,
     )
 
 
@@ -198,7 +201,7 @@ def _on_accelerators(
     placed: dict[str, Placed] = {}
     for device, units in segments:
         if device is served:  # whatever of them will come from the disk
-            host_room -= NUM_BUFFERS * max((unit.slot_bytes for unit in units if unit.is_slotted), default=0)
+            host_room -= NUM_BUFFERS * max((unit.buffer_bytes for unit in units if unit.is_slotted), default=0)
         if host_room < 0:
             return Missing(nbytes=-host_room)
         # A device that shares the host's memory gains nothing from units that live there.

@@ -30,6 +30,7 @@ from loadstone.plan.reserve import (
     cache_bytes,
     heap_bytes,
     logits_bytes,
+    strip_bytes,
     sums_apart,
     terms,
 )
@@ -176,6 +177,7 @@ class _Planner:
             beside=beside_by_order(facts, pressure, found.units),
             pass_bytes=between + logits_bytes(allocated),
             device_workspace_bytes=DEVICE_WORKSPACE_BYTES,
+            expanding_bytes=_expanding_bytes(found),
             heap_bytes=heap_bytes(facts, pressure),
             loading=_loading(found),
             # What keeps nothing between passes has one kind of pass only.
@@ -208,6 +210,17 @@ def _loading(found: Inventory) -> Loading:
     is_cast = any(unit.mappable_bytes < unit.memory_bytes for unit in found.units)
     staging = DECODE_BYTES if is_decoded else CAST_BYTES if is_cast or most else 0
     return Loading(num_tensors=len(found.tensors), staging_bytes=staging, largest_bytes=most)
+
+
+def _expanding_bytes(found: Inventory) -> int:
+    """What an accelerator needs beside its slots to make parameters of blocks that travel to it."""
+    strip = beside = 0
+    for name, info in found.tensors.items():
+        if info.encoding is None:
+            continue
+        strip = max(strip, strip_bytes(info.numel))
+        beside = max(beside, found.rearranged.get(name, 0))
+    return strip + beside
 
 
 def _reasons(case: _Case, asked: Asked, layout: Layout, cpu: Cpu) -> Iterator[str]:

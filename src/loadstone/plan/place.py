@@ -34,7 +34,7 @@ def buffer_bytes(assignments: Iterable[Assignment]) -> int:
     largest: dict[str, int] = {}
     for one in assignments:
         if one.home == DISK and one.compute != HOST and one.unit.is_slotted:
-            largest[one.compute] = max(largest.get(one.compute, 0), one.unit.slot_bytes)
+            largest[one.compute] = max(largest.get(one.compute, 0), one.unit.buffer_bytes)
     return NUM_BUFFERS * sum(largest.values())
 
 
@@ -142,6 +142,7 @@ def _filled_beside(segment: Segment, groups: list[Group], ring: tuple[int, int],
     slot_bytes, num_slots = ring
     required = [is_slotted(group) and group.slot > slot_bytes for group in groups]
     left = segment.room_bytes - num_slots * slot_bytes - expert_bytes
+    left -= segment.expanding_bytes if num_slots else 0
     left -= sum((group.kept + (group.held_bytes or 0)) * len(group.units) for group in groups)
     left -= sum(
         (group.size - group.kept) * len(group.units) for group, must in zip(groups, required, strict=True) if must
@@ -212,8 +213,8 @@ def _homes(segment: Segment, choice: Choice) -> Iterator[tuple[Unit, int, int]]:
     """The same, with how many of them live in host memory."""
     room = segment.host_room_bytes if segment.device != HOST else 0
     for unit, count in _streamed(choice):
-        fitting = min(count, room // max(1, unit.stored_bytes))
-        room = room - fitting * unit.stored_bytes if fitting == count else 0
+        fitting = min(count, room // max(1, unit.carried_bytes))
+        room = room - fitting * unit.carried_bytes if fitting == count else 0
         yield unit, count, fitting
 
 
@@ -304,7 +305,7 @@ def _placed(segment: Segment, choice: Choice) -> Placed:
         num_slots=choice.num_slots if away else 0,
         slot_bytes=choice.slot_bytes if choice.split and any(unit.kept_bytes for unit in away) else 0,
         read_bytes=choice.split.read_bytes if choice.split and any(unit.compressed_bytes for unit in away) else None,
-        ring_bytes=ring_bytes(away, choice.num_slots) + rows,
-        host_bytes=sum(one.unit.stored_bytes for one in found if one.home == HOST != one.compute),
+        ring_bytes=ring_bytes(away, choice.num_slots, segment.device) + (segment.expanding_bytes if away else 0) + rows,
+        host_bytes=sum(one.unit.carried_bytes for one in found if one.home == HOST != one.compute),
         pass_s=choice.pass_s,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from loadstone.plan.cost import alone_s, compared_s, likeness, moved_bytes, overlapped_s, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.segment import Assignment
-from loadstone.plan.values import HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit
+from loadstone.plan.values import DISK, HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit
 
 # By compute device: one of each kind of assignment, in execution order, and how many are like it.
 _Tally = dict[str, list[tuple[Assignment, int]]]
@@ -25,15 +25,22 @@ def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
             compute=one.compute,
             storage_dtype=inventory.dtype if one.home == one.compute else inventory.storage(one.unit),
             compute_dtype=inventory.dtype,
-            home_bytes=one.unit.memory_bytes if one.home == one.compute else one.unit.stored_bytes,
+            home_bytes=_home_bytes(one),
             moved_bytes=0 if one.home == one.compute else moved_bytes(one.unit, problem.tokens[0]),
-            mapped=one.home == HOST and _is_mapped(one.unit),
+            mapped=one.home == one.compute == HOST and _is_mapped(one.unit),
             front_bytes=one.unit.front_bytes,
             compressed_bytes=one.unit.compressed_bytes,
             slice_bytes=one.unit.slice_bytes,
         )
         for one in layout.assignments
     )
+
+
+def _home_bytes(one: Assignment) -> int:
+    """What a unit takes where it is kept."""
+    if one.home == one.compute:
+        return one.unit.memory_bytes
+    return one.unit.stored_bytes if one.home == DISK else one.unit.carried_bytes
 
 
 def _is_mapped(unit: Unit) -> bool:
@@ -90,10 +97,8 @@ def _held(device: str, assignments: Iterable[Assignment]) -> tuple[int, int]:
         elif one.compute == HOST:
             mapped += one.unit.mappable_bytes
             weights += one.unit.memory_bytes - one.unit.mappable_bytes
-        elif _is_mapped(one.unit):
-            mapped += one.unit.stored_bytes
-        else:
-            weights += one.unit.stored_bytes
+        else:  # a device fetches from page-locked memory only
+            weights += one.unit.carried_bytes
     return weights, mapped
 
 
@@ -133,8 +138,8 @@ def _load(problem: Problem, layout: Layout) -> tuple[float, str]:
             links[one.home] = links.get(one.home, 0.0) + unit.stored_bytes / speeds.link[one.home]
         elif one.compute == HOST:
             seconds["memory"] += (unit.memory_bytes - unit.mappable_bytes) / speeds.touch
-        elif not _is_mapped(unit):
-            seconds["memory"] += unit.stored_bytes / speeds.touch
+        else:
+            seconds["memory"] += unit.carried_bytes / speeds.touch
     seconds["link"] = max(links.values(), default=0.0)
     bound = max(seconds, key=lambda name: seconds[name])
     return seconds[bound], bound

@@ -21,6 +21,9 @@ DEVICE_WORKSPACE_BYTES = 96_000_000
 PINNED_RING_BYTES = 68_000_000
 # How many units are in page-locked host memory at a time on their way from the disk to one device.
 NUM_BUFFERS = 2
+# How many numbers an accelerator decodes at a time of what travels to it as blocks, and what it needs for each of them
+# at most, as measured: 6.2 to 9.7 bytes (tests/stream/test_expand.py).
+STRIP_NUMEL, STRIP_BYTES = 1 << 22, 10
 _FLOAT32_BYTES = 4
 _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 # What glibc's malloc keeps of blocks that are freed, and the gaps between them, for each byte that a pass has in use at
@@ -94,6 +97,11 @@ class Pressure:
     def sum_bytes(self) -> int:
         """Beside each element of a product, while it is computed."""
         return _FLOAT32_BYTES if self.sums_apart else 0
+
+
+def strip_bytes(numel: int) -> int:
+    """What an accelerator needs to decode a tensor of so many elements, strip by strip."""
+    return STRIP_BYTES * min(numel, STRIP_NUMEL)
 
 
 def sums_apart(dtype: str, features: Iterable[str]) -> bool:

@@ -26,6 +26,7 @@ class Segment:
         offload: whether anything may be streamed.
         fronts: whether the front of a unit may stay while the rest of it is streamed, where the host computes.
         compresses: whether some of that rest may stay compressed.
+        expanding_bytes: what the device needs beside slots to expand what travels to it as stored.
     """
 
     device: str
@@ -40,6 +41,7 @@ class Segment:
     offload: bool = True
     fronts: bool = True
     compresses: bool = False
+    expanding_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Placed:
         num_slots: of the ring; 0 where nothing goes through it.
         slot_bytes: the most that goes through a slot of a unit that has a front; 0 where none has.
         read_bytes: the most that is read of a unit of which some stays compressed; None where none does.
-        ring_bytes: all its slots, and the rows of streamed tables.
+        ring_bytes: all its slots, what expanding takes beside them, and the rows of streamed tables.
         host_bytes: of streamed units that live in host memory.
         pass_s: a decoding pass, then the pass over the prompt.
     """

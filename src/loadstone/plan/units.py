@@ -46,7 +46,8 @@ class Inventory:
         dtype: the model's main dtype.
         num_experts: that the routers choose from; 0 where there are none.
         expert_share: the part of them that one token touches.
-        rearranged: tensors whose elements stand in another order in the module, by name in the checkpoint.
+        rearranged: tensors whose elements stand in another order in the module, by name in the checkpoint, each with
+            what an accelerator needs beside it to put it in order.
         forms: what is known of tensors by dtype, encoding and shape.
     """
 
@@ -56,7 +57,7 @@ class Inventory:
     dtype: str
     num_experts: int = 0
     expert_share: float = 1.0
-    rearranged: frozenset[str] = frozenset()
+    rearranged: Mapping[str, int] = field(default_factory=dict)
     forms: dict[_Form, tuple[str, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def parts(self, unit: Unit) -> tuple[Unit, ...]:
@@ -235,15 +236,19 @@ def _blocks(bare: Inventory) -> Iterator[tuple[Block, Sequence[str]]]:
         yield block, [name for module_name in dict.fromkeys(block.tensors) for name in by_module[module_name]]
 
 
-def _module_names(checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
-    """What each tensor is called in the module, and which are rearranged for it."""
+def _module_names(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, int]]:
+    """What each tensor is called in the module, and which are rearranged for it; see `Inventory`."""
     if checkpoint.format is Format.GGUF and checkpoint.config is not None:
-        from loadstone.architecture.gguf import tensor_targets  # and with it numpy, a tenth of a second
+        # And with them numpy, a tenth of a second.
+        from loadstone.architecture.gguf import tensor_targets
+        from loadstone.architecture.gguf_layouts import ordering_bytes
 
         targets = tensor_targets(checkpoint, checkpoint.config)
-        moved = frozenset(
-            name for name, target in targets.items() if target.layout is not None or target.part is not None
-        )
+        moved = {}
+        for name, target in targets.items():
+            if target.layout is not None or target.part is not None:
+                info, index = checkpoint.tensors[name], target.part.index if target.part is not None else None
+                moved[name] = ordering_bytes(target.layout, index, info.nbytes, info.numel)
         return {name: target.name for name, target in targets.items()}, moved
     prefix = ""
     while checkpoint.tensors:
@@ -252,7 +257,7 @@ def _module_names(checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str
         if step is None:
             break
         prefix += step
-    return {name: name.removeprefix(prefix) for name in checkpoint.tensors}, frozenset()
+    return {name: name.removeprefix(prefix) for name in checkpoint.tensors}, {}
 
 
 def _units_of(block: Block, names: Sequence[str], bare: Inventory, facts: Facts) -> list[Unit]:

@@ -115,9 +115,29 @@ class Unit:
 
     @property
     def slot_bytes(self) -> int:
-        """What a slot must have to read it into: each tensor begins as far into a block as it does in its file."""
-        whole = self.memory_bytes + self.rearranged_bytes + 2 * _BLOCK_BYTES * len(self.tensors)
-        return whole - self.front_bytes
+        """What a slot of the host must have to read it into."""
+        return self.memory_bytes + self.rearranged_bytes + self._gap_bytes - self.front_bytes
+
+    @property
+    def carried_bytes(self) -> int:
+        """What it takes in host memory on its way to an accelerator: as stored, which is expanded over there."""
+        if self.stored_bytes < self.memory_bytes:
+            return self.stored_bytes
+        return self.memory_bytes + self.rearranged_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What a buffer on that way must have to read it into."""
+        return self.carried_bytes + self._gap_bytes
+
+    def slot_bytes_on(self, device: str) -> int:
+        """What a slot of a device must have for it; what is put in order there is so beside the slot."""
+        return self.slot_bytes if device == HOST else self.memory_bytes + self._gap_bytes
+
+    @property
+    def _gap_bytes(self) -> int:
+        """What may lie between its tensors: each begins as far into a block as it does in its file."""
+        return 2 * _BLOCK_BYTES * len(self.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

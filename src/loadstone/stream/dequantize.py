@@ -1,4 +1,4 @@
-"""GGUF blocks -> float32, in numpy alone and bit by bit what gguf-py gives.
+"""GGUF blocks -> float32 on the host, in numpy alone and bit by bit what gguf-py gives.
 
 Blocks are decoded a strip at a time: their packed integers are spread into one byte each, or looked up in the table of
 their format, and become floats, which are scaled. numpy releases the GIL in all of it, so callers decode different
@@ -11,11 +11,13 @@ import numpy as np
 
 from loadstone.dtypes import GGML_BLOCKS
 from loadstone.errors import UnsupportedFormat
-from loadstone.stream import dequantize_blocks, dequantize_grids
-from loadstone.stream.dequantize_bits import STRIP_NUMEL, Bytes, Floats, Kernel
+from loadstone.stream import dequantize_arrays, dequantize_blocks, dequantize_grids
+from loadstone.stream.dequantize_arrays import STRIP_NUMEL, Bytes, Floats
+from loadstone.stream.dequantize_ops import Kernel
 
 _BLOCKS = {block.name: block for block in GGML_BLOCKS.values()}
-_KERNELS: dict[str, Kernel] = {**dequantize_blocks.KERNELS, **dequantize_grids.KERNELS}
+# By the name of the encoding.
+KERNELS: dict[str, Kernel] = {**dequantize_blocks.KERNELS, **dequantize_grids.KERNELS}
 
 
 def dequantize(raw: Bytes, encoding: str, out: Floats) -> None:
@@ -46,12 +48,12 @@ def dequantize(raw: Bytes, encoding: str, out: Floats) -> None:
         raise ValueError(f"{encoding}: raw and out must be contiguous")
     blocks = raw.reshape(num_blocks, block.block_nbytes)
     values = out.reshape(num_blocks, block.block_numel)
-    kernel = _KERNELS.get(encoding) or _reference_kernel(encoding)
+    kernel = KERNELS.get(encoding) or _reference_kernel(encoding)
     step = max(1, STRIP_NUMEL // block.block_numel)
     # Scales that are infinite or NaN decode to what IEEE arithmetic gives, in silence.
     with np.errstate(all="ignore"):
         for start in range(0, num_blocks, step):
-            kernel(blocks[start : start + step], values[start : start + step])
+            kernel(dequantize_arrays, blocks[start : start + step], values[start : start + step])
 
 
 def _reference_kernel(encoding: str) -> Kernel:
@@ -60,7 +62,7 @@ def _reference_kernel(encoding: str) -> Kernel:
 
     kind = GGMLQuantizationType[encoding]
 
-    def decode(blocks: Bytes, out: Floats) -> None:
+    def decode(_: object, blocks: Bytes, out: Floats) -> None:
         try:
             out.reshape(-1)[...] = quants.dequantize(blocks.reshape(1, -1), kind)[0]
         except NotImplementedError as error:

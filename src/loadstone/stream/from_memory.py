@@ -1,7 +1,7 @@
 """Units that live in memory: on the host, locked where a device fetches from it, or beside where they are computed.
 
-What is kept at home may be narrower than what is computed with. The stored bytes travel, and are cast where they
-arrive.
+What is kept at home may be narrower than what is computed with. The stored bytes travel, and are cast, or decoded,
+where they arrive.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from loadstone.hardware.pages import anonymous
 from loadstone.stream.destination import AtDestination, Destination
+from loadstone.stream.expand import expand
 from loadstone.stream.filler import Filling, Known, Layout, unknown
 from loadstone.stream.read import Reader
 from loadstone.stream.refill import Place
@@ -197,7 +198,7 @@ class Sent:
 
 
 def move(home: Home, layout: Layout, slot: torch.Tensor, *, late: bool) -> None:
-    """Copy a unit into a slot, in one piece where it lies there as at home, and cast where dtypes differ.
+    """Copy a unit into a slot, in one piece where it lies there as at home; cast, decode or put in order what is not.
 
     Args:
         home: the unit.
@@ -209,8 +210,12 @@ def move(home: Home, layout: Layout, slot: torch.Tensor, *, late: bool) -> None:
         if home.whole is not None and home.places == layout.places:
             slot[: layout.end].copy_(home.whole[: layout.end], non_blocking=late)
             return
+        stored = {place.fqn: place.stored for place in home.places}
         for place, view in zip(layout.places, layout.views(slot), strict=True):
-            tensor = home.tensors[place.fqn]
+            tensor, form = home.tensors[place.fqn], stored.get(place.fqn)
+            if form is not None:
+                expand(form, tensor, view, late=late)
+                continue
             # As stored over the link, then cast over there.
             near = tensor if tensor.dtype == view.dtype else tensor.to(view.device, non_blocking=late)
             view.copy_(near, non_blocking=late)

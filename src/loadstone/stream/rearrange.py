@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loadstone.architecture.gguf_layouts import GroupHeads, GroupQkv, UnpermuteHeads, apply_layout
+from loadstone.architecture.gguf_layouts import apply_layout, moves_rows
 from loadstone.architecture.keymap import Part, Target
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.dtypes import DTYPES, nbytes_of
@@ -134,10 +134,10 @@ def _row_mover(source: Array, rows: Array, place: Array) -> Callable[[], None]:
 def _row_order(part: Part, info: TensorInfo) -> Array | None:
     """Which stored row each row is, where the layout only changes their order."""
     layout = part.layout
-    moves_rows = isinstance(layout, UnpermuteHeads | GroupQkv) or (isinstance(layout, GroupHeads) and layout.dim == 0)
-    if not moves_rows or info.strides is not None:
+    if not moves_rows(layout) or info.strides is not None:
         return None
-    return apply_layout(layout, np.arange(info.shape[0]).reshape(-1, 1)).reshape(-1)
+    order: Array = apply_layout(layout, np.arange(info.shape[0]).reshape(-1, 1)).reshape(-1)
+    return order
 
 
 def _arranger(part: Part, info: TensorInfo, dtype: str, decoded: Bytes) -> Callable[[], Array]:

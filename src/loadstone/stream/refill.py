@@ -31,6 +31,7 @@ from loadstone.stream.rearrange import (
 )
 from loadstone.stream.source import ALIGNMENT, OpenFiles, streaming_manners
 from loadstone.stream.spans import Fill, Prepared, prepare
+from loadstone.stream.stored import Stored
 from loadstone.units import round_up
 
 NOWHERE = np.empty(0, np.uint8)
@@ -42,24 +43,38 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """One parameter: what fills it, and what it must be."""
+    """One parameter: what fills it, and what it must be.
+
+    Attributes:
+        assignment: the tensors of the checkpoint, and where in it they belong.
+        target: what is made of them.
+        stored: how they lie in memory where they are wanted as the files hold them; the target is bytes then.
+    """
 
     assignment: Assignment
     target: Target
+    stored: Stored | None = None
 
     @property
     def fqn(self) -> str:
         """Its name in the module."""
         return self.assignment.target
 
+    def pieces(self, tensors: Tensors) -> list[tuple[Part, TensorInfo]]:
+        """What is read for it, and where in the target each of it belongs."""
+        if self.stored is not None:
+            return self.stored.pieces
+        return [(part, tensors[part.source]) for part in self.assignment.parts]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a parameter lies in a slot: from byte `begin` on."""
+    """Where a parameter lies in a slot: from byte `begin` on; as `stored` says, where it is yet to be made."""
 
     fqn: str
     target: Target
     begin: int
+    stored: Stored | None = None
 
 
 def can_refill(wanted: Wanted, tensors: Tensors) -> bool:
@@ -120,11 +135,12 @@ class Recipe:
 
     def add(self, wanted: Wanted, tensors: Tensors) -> None:
         """Lay out one more parameter; they come in the order of their files."""
-        infos = [tensors[part.source] for part in wanted.assignment.parts]
-        place = Place(fqn=wanted.fqn, target=wanted.target, begin=self._begin_of(wanted, infos[0]))
+        pieces = wanted.pieces(tensors)
+        begin = self._begin_of(wanted.target, *pieces[0])
+        place = Place(fqn=wanted.fqn, target=wanted.target, begin=begin, stored=wanted.stored)
         self.places.append(place)
         self.nbytes = place.begin + target_nbytes(wanted.target)
-        for part, info in zip(wanted.assignment.parts, infos, strict=True):
+        for part, info in pieces:
             self.moved_bytes += info.nbytes
             if is_rearranged(part, info):
                 self._rearrangements.append(_Rearrangement(part=part, info=info, place=place, begin=0))
@@ -132,11 +148,10 @@ class Recipe:
                 begin = place.begin + nbytes_of(DTYPES[wanted.target.dtype], part.start)
                 self._reads.append(_Read(fill=fill, begin=begin))
 
-    def _begin_of(self, wanted: Wanted, info: TensorInfo) -> int:
+    def _begin_of(self, target: Target, first: Part, info: TensorInfo) -> int:
         """Where the next parameter begins: for bytes that only move, as far into a block as in the file."""
-        first = wanted.assignment.parts[0]
         moves = not is_rearranged(first, info) and info.is_aligned and first.start == 0
-        if not moves or info.encoding is not None or info.dtype != wanted.target.dtype:
+        if not moves or info.encoding is not None or info.dtype != target.dtype:
             return round_up(self.nbytes, _PLACE_ALIGNMENT)
         last = self._reads[-1] if self._reads else None
         if last is not None and last.fill.kernel is copy and last.fill.file == info.file and last.end == self.nbytes:

@@ -24,6 +24,7 @@ from loadstone.stream.rearrange import is_rearranged
 from loadstone.stream.refill import Place, Refill, Tensors, Wanted
 from loadstone.stream.rows import Rows, Table, WholeTable, has_rows
 from loadstone.stream.staying import ALL_GOES
+from loadstone.stream.stored import is_castable, stored_form
 from loadstone.stream.transfer import NoLink
 from loadstone.stream.way import Keep, Rounding, Way
 
@@ -139,9 +140,11 @@ class FileSource:
 
     def _read(self, groups: Groups) -> dict[str, list[Wanted]]:
         """What is read of each unit, in the dtypes in which it travels."""
-        stays = self._way.destination.is_host and not any(map(self._way.rounding, self._wanted))
+        rounds = any(map(self._way.rounding, self._wanted))
+        if self._way.destination.is_host and not rounds:
+            return {name: [self._wanted[fqn] for fqn in fqns] for name, fqns in groups.items()}
         return {
-            name: [self._on_the_way(self._wanted[fqn], stays=stays) for fqn in fqns] for name, fqns in groups.items()
+            name: [self._on_the_way(self._wanted[fqn], rounds=rounds) for fqn in fqns] for name, fqns in groups.items()
         }
 
     def _chain(self, files: FromFiles, groups: Groups, tables: Groups) -> Combined:
@@ -208,13 +211,18 @@ class FileSource:
             files.close()
         return layout.views(memory)[0]
 
-    def _on_the_way(self, wanted: Wanted, *, stays: bool) -> Wanted:
-        """The same in the dtype in which it travels: as stored, where that is narrower and the device can cast it."""
+    def _on_the_way(self, wanted: Wanted, *, rounds: bool) -> Wanted:
+        """The same as it travels: as stored, where that is narrower and the device can make of it what is wanted.
+
+        Args:
+            wanted: the parameter.
+            rounds: some are rounded on the way, by the host, which has to have numbers for that.
+        """
         stored = _plainly_stored(wanted, self._checkpoint.tensors)
-        rounds = self._way.rounding(wanted.fqn) is not None
-        if stays or stored is None:
-            return wanted
-        if not rounds and DTYPES[stored].bits > DTYPES[wanted.target.dtype].bits:
+        if stored is None:
+            form = None if rounds else stored_form(wanted.assignment, wanted.target, self._checkpoint.tensors)
+            return wanted if form is None else replace(wanted, target=form.target, stored=form)
+        if self._way.rounding(wanted.fqn) is None and DTYPES[stored].bits > DTYPES[wanted.target.dtype].bits:
             return wanted
         return replace(wanted, target=replace(wanted.target, dtype=stored))
 
@@ -228,8 +236,7 @@ def _plainly_stored(wanted: Wanted, tensors: Tensors) -> str | None:
         for part, info in zip(wanted.assignment.parts, infos, strict=True)
     )
     dtype = dtypes.pop()
-    castable = DTYPES[dtype].floating and DTYPES[dtype].bits >= 8 and DTYPES[wanted.target.dtype].floating
-    return dtype if plain and castable and not dtypes else None
+    return dtype if plain and not dtypes and is_castable(dtype, wanted.target.dtype) else None
 
 
 def _rounded(layout: Layout, rounding: Rounding) -> Layout:
