@@ -9,7 +9,7 @@ from torch import nn
 import loadstone
 from loadstone.cli.loading import LoadOptions
 from loadstone.cli.run_command import _planned_for
-from loadstone.errors import DoesNotFit, InvalidPlan, PlanNotSupported
+from loadstone.errors import DoesNotFit, InvalidPlan
 from loadstone.execute.values import Prompt
 from loadstone.hardware.machine_file import find_machine
 from loadstone.plan.plan_file import from_json, to_json
@@ -90,30 +90,6 @@ def test_arguments_that_contradict_a_plan_are_refused(llama_folder: Path) -> Non
             loadstone.load(llama_folder, plan=plan, **more)
     with pytest.raises(ValueError, match=r"a plan needs config\.json and cannot go with into="):
         loadstone.load(llama_folder / "model.safetensors", into=nn.Linear, max_memory="1GB")
-
-
-def test_experts_are_not_streamed_to_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    from loadstone.api import planned
-
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    box = find_machine("workstation-2x-rtx3090")
-    away = {"": "cuda:0", "model.layers.1.block_sparse_moe.experts.2": "disk"}
-    plan = loadstone.plan(tmp_path, machine=box, device_map=away)
-    assert [one.unit for one in plan.placements if one.is_streamed] == list(away)[1:]
-    monkeypatch.setattr(planned, "probe", lambda *_: box)
-    with pytest.raises(PlanNotSupported, match=r"streams experts to an accelerator; expected experts that stay there"):
-        loadstone.load(tmp_path, plan=plan)
 
 
 def test_a_run_is_planned_for_the_prompt_that_it_has() -> None:

@@ -162,7 +162,7 @@ def test_a_machine_that_is_none_is_refused(
 
 
 def test_a_plan_file_that_is_none_is_refused_before_anything_is_planned(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text('{"loadstone_plan": 3}')
+    (tmp_path / "plan.json").write_text('{"loadstone_plan": 4}')
     code, _, err = run(tmp_path / "no-model", "--diff", tmp_path / "plan.json")
     assert code == 2
     assert "lacks identity" in err

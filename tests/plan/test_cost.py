@@ -6,7 +6,7 @@ import pytest
 from plan_models import checkpoint
 
 from loadstone.hardware.spec import ComputeRate, TokensRate
-from loadstone.plan.cost import Beside, work
+from loadstone.plan.cost import Beside, alone_s, transfer_s, work
 from loadstone.plan.facts import facts_of
 from loadstone.plan.units import inventory
 from loadstone.plan.values import Seen, Unit, UnitKind
@@ -113,3 +113,18 @@ def test_a_block_whose_experts_are_in_one_tensor_multiplies_with_those_that_were
     assert one.memory_s == pytest.approx((8 * 32 * 16 * 2 / 4 + 8 * 16 * 2) / 1e9, rel=1e-3)
     assert one.arithmetic_s == pytest.approx(2 * (8 * 32 * 16 / 4 + 8 * 16) / 1e12, rel=1e-3)
     assert work(block, PLAIN, 1000).memory_s == pytest.approx(block.memory_bytes / 1e9)
+
+
+def test_an_accelerator_decodes_blocks_in_the_stream_that_they_come_in() -> None:
+    way, slow = (1e9, "link"), ComputeRate(weight_bytes_per_s=1e10, flops_per_s=1e12)
+    plain = replace(unit(), stored_bytes=1000)
+    blocks = replace(plain, encoded_parameters=10**6)
+    assert transfer_s(blocks, 1, way) == transfer_s(plain, 1, way) == transfer_s(plain, 1, way, slow)
+    assert transfer_s(blocks, 1, way, slow) - transfer_s(plain, 1, way) == pytest.approx(24e6 / 1e10)
+
+
+def test_nothing_hides_the_way_of_an_expert_to_an_accelerator() -> None:
+    way, rate = (1e9, "link"), ComputeRate(weight_bytes_per_s=1e10, flops_per_s=1e12)
+    expert = unit(UnitKind.EXPERT, 0.25)
+    assert alone_s(expert, 1, way, rate) == transfer_s(expert, 1, way, rate) > 0
+    assert alone_s(expert, 1, way) == alone_s(unit(), 1, way, rate) == 0

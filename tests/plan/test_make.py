@@ -239,12 +239,34 @@ def test_more_threads_than_a_group_gives_time_for_are_planned_and_told() -> None
     ]
 
 
-def test_what_is_streamed_to_a_gpu_of_a_mixture_are_whole_layers() -> None:
-    """A GPU computes with a parameter that holds all experts of a layer, so that they come together."""
+def test_for_one_token_at_a_time_experts_come_to_a_gpu_as_they_are_chosen() -> None:
+    """Any of them may have to, so that those which stay for now have a home in host memory as well."""
     model = llama(layers=6, experts=8, width=128, inner=700)
     gpu = 600_000_000 + 96_000_000 + 4 * model.nbytes // 5
-    asked = Asked(run=SHORT, device="cuda:0")
-    plan = make_plan(model, machine(400_000_000, gpu), asked)
+    plan = make_plan(model, machine(400_000_000, gpu), Asked(run=SHORT, device="cuda:0"))
+    streamed = [one for one in plan.placements if one.is_streamed and one.kind is not UnitKind.EMBEDDING]
+    assert {one.kind for one in streamed} == {UnitKind.EXPERT}
+    assert {one.home for one in streamed} == {HOST}
+    staying = [one for one in plan.placements if one.kind is UnitKind.EXPERT and not one.is_streamed]
+    assert staying
+    assert all(one.spare_bytes == one.home_bytes for one in staying)
+    assert not any(one.spare_bytes for one in plan.placements if one not in staying)
+    room = sum(one.home_bytes for one in plan.placements if one.is_streamed or one in staying)
+    assert plan.devices[-1].weight_bytes == room
+    assert any("of experts only those come that routers choose" in reason for reason in plan.reasons)
+    budget = plan.devices[-1].peak_bytes - 1
+    small = make_plan(model, machine(400_000_000, gpu), Asked(run=SHORT, device="cuda:0", max_memory={HOST: budget}))
+    assert {one.kind for one in small.placements if one.is_streamed} >= {UnitKind.EXPERT}
+    assert not any(one.spare_bytes for one in small.placements)
+    assert small.prediction.decode.seconds > plan.prediction.decode.seconds
+
+
+def test_for_a_long_prompt_layers_come_to_a_gpu_with_all_of_their_experts() -> None:
+    """Each of them is chosen by some token, and a layer can be on its way before its router has chosen."""
+    model = llama(layers=48, experts=8, width=256, inner=700)
+    gpu = 900_000_000 + 96_000_000 + model.nbytes // 2
+    asked = Asked(run=Run(context=2000, prompt_tokens=2000), device="cuda:0")
+    plan = make_plan(model, machine(4_000_000_000, gpu, compute=True), asked)
     streamed = [one for one in plan.placements if one.is_streamed and one.kind is not UnitKind.EMBEDDING]
     assert streamed
     assert {one.kind for one in streamed} == {UnitKind.BLOCK}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from test_dequantize import BLOCKS, ODD_HALVES, OWN
 from torch.profiler import ProfilerActivity, profile
 
+import fake_devices
 from loadstone.architecture.gguf_layouts import (
     AddConstant,
     Chain,
@@ -73,6 +76,16 @@ def test_odd_scales_are_decoded_as_arrays_are(encoding: str) -> None:
     torch.testing.assert_close(found, by_numpy(raw, encoding), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("encoding", OWN)
+def test_all_of_it_is_done_on_the_device(encoding: str) -> None:
+    """One that refuses tensors of the host beside its own."""
+    fake_devices.register()
+    raw = torch.from_numpy(random_blocks(encoding, 40)).view(-1)
+    found: Any = dequantize_tensor(raw.to("fake:1"), encoding)
+    assert str(found.device) == "fake:1"
+    torch.testing.assert_close(found.inner, dequantize_tensor(raw, encoding), rtol=0, atol=0, equal_nan=True)
+
+
 def stored_of(
     encoding: str | None, shape: tuple[int, ...], part: Part, target: Target, dtype: str = "float32"
 ) -> Stored | None:
@@ -118,6 +131,22 @@ def test_layouts_are_undone_over_there(
     expand(stored, data, out)
     arranged = np.ascontiguousarray(apply_layout(layout, by_numpy(raw, encoding).numpy().reshape(shape)))
     assert same_bits(out, torch.from_numpy(arranged).reshape(target.shape).to(out.dtype))
+
+
+@pytest.mark.parametrize(("layout", "shape"), LAYOUTS, ids=lambda value: type(value).__name__)
+def test_layouts_are_undone_on_the_device(layout: Layout | None, shape: tuple[int, ...]) -> None:
+    fake_devices.register()
+    raw = random_blocks("Q8_0", prod(shape) // 32)
+    raw[:, :2] = 1
+    target = Target(shape=shape_without(layout, shape), dtype="bfloat16")
+    stored = stored_of("Q8_0", shape, Part(source="x", layout=layout), target)
+    assert stored is not None
+    data = torch.from_numpy(raw).reshape(-1)
+    out = torch.empty(target.shape, dtype=torch.bfloat16)
+    far: Any = torch.zeros(target.shape, dtype=torch.bfloat16).to("fake:1")
+    expand(stored, data, out)
+    expand(stored, data, far)
+    assert torch.equal(far.inner, out)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +214,8 @@ def test_what_another_device_cannot_make_travels_as_it_is_wanted(
     assert stored_of(encoding, (4, 256), part, Target(shape=(4, 256), dtype=dtype), stored_dtype) is None
 
 
-def peak_bytes_of(run: object) -> int:
+def peak_bytes_of(run: Callable[[], Any]) -> int:
     """The most that torch allocates at a time while something runs."""
-    assert callable(run)
     run()  # what is kept from now on, tables, is there
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()

@@ -20,8 +20,9 @@ from loadstone.execute.streamed import Streamed
 from loadstone.hardware.fake import FakeLink, FakeMoved
 from loadstone.stream import onward
 from loadstone.stream.destination import Destination
+from loadstone.stream.memory_source import MemorySource
 from loadstone.stream.refill import Wanted
-from loadstone.stream.sources import FileSource, MemorySource, Source
+from loadstone.stream.sources import FileSource, Source
 from loadstone.stream.transfer import NoLink
 from loadstone.stream.way import Keep, Way
 from loadstone.stream.workers import Job, Workers

@@ -187,7 +187,7 @@ def _made(checkpoint: Checkpoint, machine: Machine, asked: Asked) -> Plan:
 
 
 def _is_supported(plan: Plan) -> bool:
-    return len(_streamed_to(plan)) < 2 and not _sends_experts(plan)
+    return len(_streamed_to(plan)) < 2
 
 
 def _streamed_to(plan: Plan) -> list[str]:
@@ -195,22 +195,12 @@ def _streamed_to(plan: Plan) -> list[str]:
     return sorted({placement.compute for placement in plan.placements if placement.is_streamed})
 
 
-def _sends_experts(plan: Plan) -> bool:
-    """Whether experts are streamed to an accelerator: the room that they share is in host memory."""
-    return any(one.is_streamed and one.kind is UnitKind.EXPERT and one.compute != HOST for one in plan.placements)
-
-
 def check_supported(plan: Plan) -> None:
     """Refuse what cannot be carried out yet.
 
     Raises:
-        PlanNotSupported: it streams to several devices, or experts to an accelerator.
+        PlanNotSupported: it streams to several devices.
     """
-    if _sends_experts(plan):
-        raise PlanNotSupported(
-            "the plan streams experts to an accelerator; expected experts that stay there, or a model that computes on "
-            'the host. Pass device="cpu", or a smaller dtype.'
-        )
     if not _is_supported(plan):
         raise PlanNotSupported(
             f"the plan streams to {' and to '.join(_streamed_to(plan))}; expected one device that is streamed to, "
@@ -250,7 +240,7 @@ def _streaming_of(plan: Plan, units: Mapping[str, Unit]) -> Streaming:
     away = {placement.unit: placement.home for placement in plan.placements if placement.is_streamed}
     device = _streamed_to(plan)[0]
     tensors = {tensor: name for name in away for tensor in units[name].tensors}
-    room = expert_room(plan, units)
+    room = expert_room(plan, units, device)
     return Streaming(
         num_slots=max(1, plan.num_slots),
         tensors=frozenset(tensors) | room.tensors,
@@ -258,7 +248,8 @@ def _streaming_of(plan: Plan, units: Mapping[str, Unit]) -> Streaming:
         expert_bytes=room.nbytes,
         unit_of=tensors,
         device=device,
-        in_memory=frozenset(name for name, unit in tensors.items() if away[unit] == HOST != device),
+        in_memory=frozenset(name for name, unit in tensors.items() if away[unit] == HOST != device)
+        | {name for one in plan.placements if one.spare_bytes for name in units[one.unit].tensors},
         slot_bytes=plan.slot_bytes,
         read_bytes=plan.read_bytes,
         slices={one.unit: one.slice_bytes for one in plan.placements if one.is_streamed and one.slice_bytes},

@@ -14,8 +14,9 @@ from loadstone.checkpoint.values import Checkpoint, Format
 from loadstone.execute.adopt import Origin, adopting, shelving, spilling
 from loadstone.execute.kept import Home
 from loadstone.execute.residency import Adopt
+from loadstone.stream.memory_source import MemorySource
 from loadstone.stream.refill import can_refill
-from loadstone.stream.sources import FileSource, MemorySource, Source
+from loadstone.stream.sources import FileSource, Source
 from loadstone.stream.spill import Spill, wanted_from
 from loadstone.stream.unchanged import are_in_files
 from loadstone.stream.way import Way

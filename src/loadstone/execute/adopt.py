@@ -25,9 +25,10 @@ from loadstone.execute.values import NUM_SLOTS, Streaming
 from loadstone.hardware.storage import storages_of
 from loadstone.stream.host import FileMaps, is_mappable, stretches
 from loadstone.stream.materialize import as_tensor
+from loadstone.stream.memory_source import MemorySource
 from loadstone.stream.prefault import Prefault
 from loadstone.stream.refill import Wanted, can_refill
-from loadstone.stream.sources import FileSource, MemorySource
+from loadstone.stream.sources import FileSource
 from loadstone.stream.spill import wanted_from
 from loadstone.stream.transfer import torch_device
 

@@ -44,12 +44,10 @@ def attach(
         observer: is told of bytes, and of the progress of each forward.
         adopt: finds what was loaded to stay, once it is to go.
     """
+    on_host = _kept_on_host(streamed, streaming)
 
     def keep(fqn: str) -> Keep:
-        if fqn not in streamed.wanted:  # it was loaded to stay, and went later
-            return Keep.DISK
-        sources = {part.source for part in streamed.wanted[fqn].assignment.parts}
-        return Keep.HOST if sources <= streaming.in_memory else Keep.DISK
+        return Keep.HOST if fqn in on_host else Keep.DISK
 
     way = Way(destination=Destination(streamed.device), keep=keep)
     if streaming.device == HOST:
@@ -57,6 +55,20 @@ def attach(
     source = FileSource(streamed.wanted, checkpoint, way, observer)
     adopted = adopt(source) if adopt is not None else None
     return attach_to(module, streamed, source, Attachment(streaming.num_slots, observer, adopted))
+
+
+def _kept_on_host(streamed: Streamed, streaming: Streaming) -> set[str]:
+    """What is kept in host memory for the device, single entries of experts too; what went later is not."""
+    on_host = {
+        fqn
+        for fqn, wanted in streamed.wanted.items()
+        if {part.source for part in wanted.assignment.parts} <= streaming.in_memory
+    }
+    for entries in streamed.experts.tables.values():
+        for number, pieces in enumerate(entries.pieces):
+            if {info.name for _, info in pieces} <= streaming.in_memory:
+                on_host.add(entries.name(number))
+    return on_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +102,8 @@ def attach_to(module: nn.Module, streamed: Streamed, source: Source, attachment:
     filler, hooks = source.filler(grouping.walked, grouping.tables), Hooks(module)
     residency = Residency(filler, attachment.num_slots, hooks, attachment.adopt, attachment.observer)
     experts = grouping.put_experts()
-    if source.refill is not None:
-        hooks.keep(attach_experts(experts, streamed.experts, source.refill, residency))
+    if isinstance(source, FileSource):
+        hooks.keep(attach_experts(experts, streamed.experts, source, residency))
     units = grouping.units(filler, residency)
     for unit in units:
         unit.put_placeholders()

@@ -8,48 +8,17 @@ its way. Chosen entries may be more than the room holds: those that were used ma
 from __future__ import annotations
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loadstone.checkpoint.files import check_unchanged
+from loadstone.execute.expert_memory import EntryMemory, Slot
 from loadstone.execute.frequency import Frequencies, Item, Shelf
-from loadstone.hardware.pages import Bytes, adjoining, anonymous, give_back
 from loadstone.stream.entries import Entries
-from loadstone.stream.materialize import torch_dtype
-from loadstone.stream.read import Batch
-from loadstone.stream.rearrange import target_nbytes
-from loadstone.stream.refill import Recipe, Refill
-from loadstone.stream.source import ALIGNMENT
-
-# Of slots that are allocated together. A tensor that somebody holds on to keeps all of it.
-_TOGETHER_BYTES = 32 << 20
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """Memory for one entry at a time.
-
-    Attributes:
-        data: the memory.
-        batch: what is being read.
-        lent: the array that tensors over the memory keep alive; gone when they are.
-    """
-
-    data: Bytes
-    batch: Batch | None = None
-    lent: weakref.ref[Any] | None = None
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether somebody still has a tensor over it."""
-        return self.lent is not None and self.lent() is not None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +26,7 @@ class _Rack:
     """The slots of one size, and what of the layer that computes still waits for one."""
 
     shelf: Shelf
-    slots: list[_Slot]
+    slots: list[Slot]
     waiting: deque[Item] = field(default_factory=deque)
     expendable: Iterator[int] = field(default_factory=lambda: iter(()))
 
@@ -86,26 +55,24 @@ class ExpertRoom:
 
     Args:
         layers: the fused parameters of each layer.
-        refill: what reads.
+        memory: where their entries go; knows them by the same numbers.
         nbytes: how much memory the entries may take; it is exceeded only where not even one expert fits.
 
     Attributes:
         counts: what was done so far.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Entries]], refill: Refill, nbytes: int) -> None:
-        self._refill = refill
+    def __init__(self, layers: Sequence[Sequence[Entries]], memory: EntryMemory, nbytes: int) -> None:
+        self._memory = memory
         self._tables = [table for layer in layers for table in layer]
         self._layer_of = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
-        self._versions = [refill.versions([table.wanted]) for table in self._tables]
         self._frequencies = Frequencies(len(layers), max(table.count for table in self._tables))
-        self._recipes: dict[Item, Recipe] = {}
         self._wanted: dict[Item, None] = {}
-        sizes = [self._slot_bytes(number) for number in range(len(self._tables))]
+        sizes = [memory.slot_bytes(number) for number in range(len(self._tables))]
         racks = {size: self._rack(size, sizes, nbytes) for size in set(sizes)}
         self._rack_of = [racks[size] for size in sizes]
         self._racks = list(racks.values())
-        self.counts = ExpertCounts(room_bytes=sum(slot.data.size for rack in self._racks for slot in rack.slots))
+        self.counts = ExpertCounts(room_bytes=sum(slot.size for rack in self._racks for slot in rack.slots))
 
     def count(self, table: int) -> int:
         """How many entries a table has."""
@@ -121,11 +88,7 @@ class ExpertRoom:
                 rack.shelf.drop(place)
                 if slot.batch is not None:
                     slot.batch.cancel()
-                if slot.is_lent:  # whoever has the tensor keeps its elements
-                    rack.slots[place] = _Slot(data=anonymous(slot.data.size))
-                else:
-                    slot.batch, slot.lent = None, None
-                    give_back(slot.data)
+                slot.vacate()
 
     def announce(self, layer: int, chosen: NDArray[np.int64], num_tokens: int, *, by_expert: bool) -> None:
         """Begin to read what a layer will use.
@@ -164,24 +127,19 @@ class ExpertRoom:
         """
         item = (table, expert)
         self._read_on()
-        slot = self._slot(item) or self._begun(item, needed=True) or self._passing(item)
+        slot = self._slot(item) or self._begun(item, needed=True) or self._memory.passing(item)
         if slot.batch is not None:
             self._wait(item, slot)
         self._wanted.pop(item, None)
-        entries, place = self._tables[table], self._recipe(item).places[0]
-        array = slot.lent() if slot.lent is not None else None
-        if array is None:
-            array = slot.data[place.begin : place.begin + target_nbytes(entries.target)]
-            slot.lent = weakref.ref(array)
-        return torch.from_numpy(array).view(torch_dtype(entries.target.dtype)).view(entries.target.shape[1:])
+        return self._memory.view(item, slot)
 
-    def _wait(self, item: Item, slot: _Slot) -> None:
+    def _wait(self, item: Item, slot: Slot) -> None:
         batch, begin = slot.batch, time.perf_counter()
         try:
             if batch is not None:
                 batch.wait()
                 self.counts.read_bytes += batch.total_bytes
-            check_unchanged(self._versions[item[0]])
+            self._memory.check(item)
         except BaseException:
             self._forget(item)
             raise
@@ -199,7 +157,7 @@ class ExpertRoom:
                     break
                 rack.waiting.popleft()
 
-    def _begun(self, item: Item, *, needed: bool) -> _Slot | None:
+    def _begun(self, item: Item, *, needed: bool) -> Slot | None:
         """A slot into which an entry is being read; None where all are in use.
 
         Args:
@@ -207,18 +165,17 @@ class ExpertRoom:
             needed: it is needed now, so that what is needed later gives way.
         """
         rack = self._rack_of[item[0]]
-        recipe = self._recipe(item)
         place = self._free_place(rack)
         if place is None and needed:
             later = (rack.shelf.place_of(other) for other in reversed(self._wanted))
             place = next((one for one in later if one is not None and not rack.slots[one].is_lent), None)
-        if place is None or rack.slots[place].data.size < recipe.nbytes:
+        if place is None or not self._memory.fits(item, rack.slots[place]):
             return None
         slot = rack.slots[place]
         if slot.batch is not None:
             slot.batch.cancel()
         rack.shelf.put(place, item)
-        slot.batch = self._fill(recipe, slot.data)
+        self._memory.fill(item, slot)
         return slot
 
     def _free_place(self, rack: _Rack) -> int | None:
@@ -230,18 +187,7 @@ class ExpertRoom:
             rack.expendable = rack.shelf.expendable()
         return None
 
-    def _passing(self, item: Item) -> _Slot:
-        """Memory beside the room, for who holds on to more entries than it has slots."""
-        recipe = self._recipe(item)
-        slot = _Slot(data=anonymous(recipe.nbytes))
-        slot.batch = self._fill(recipe, slot.data)
-        return slot
-
-    def _fill(self, recipe: Recipe, data: Bytes) -> Batch:
-        prepared, _ = recipe.prepare(data)
-        return self._refill.reader.repeat(prepared, self._refill.files, priority=-1)
-
-    def _slot(self, item: Item) -> _Slot | None:
+    def _slot(self, item: Item) -> Slot | None:
         rack = self._rack_of[item[0]]
         place = rack.shelf.place_of(item)
         return None if place is None else rack.slots[place]
@@ -253,16 +199,6 @@ class ExpertRoom:
             self._rack_of[item[0]].slots[place].batch = None
             shelf.drop(place)
 
-    def _recipe(self, item: Item) -> Recipe:
-        if item not in self._recipes:
-            self._recipes[item] = self._tables[item[0]].recipe(item[1])
-        return self._recipes[item]
-
-    def _slot_bytes(self, table: int) -> int:
-        """Room for any entry of a table: they begin anywhere in a block of the disk."""
-        recipe = self._recipe((table, 0))
-        return -(-(recipe.nbytes - recipe.places[0].begin) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-
     def _rack(self, size: int, sizes: Sequence[int], nbytes: int) -> _Rack:
         """Slots of one size, as many as its part of all entries is of the room."""
         alike = [number for number, one in enumerate(sizes) if one == size]
@@ -271,12 +207,4 @@ class ExpertRoom:
         together = int(np.bincount(self._layer_of[alike]).max())
         count = min(most, max(together, nbytes * most // total))
         shelf = Shelf(count, self._frequencies, self._layer_of)
-        return _Rack(shelf=shelf, slots=[_Slot(data=data) for data in _memory(size, count)])
-
-
-def _memory(size: int, count: int) -> Iterator[Bytes]:
-    """The memory of slots, some of them side by side, so that small ones lie in huge pages too."""
-    most = max(1, _TOGETHER_BYTES // size)
-    for begin in range(0, count, most):
-        together = min(most, count - begin)
-        yield from np.split(adjoining(together * size, touch=False), together)
+        return _Rack(shelf=shelf, slots=self._memory.slots(size, count))

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.checkpoint.values import TensorInfo
+from loadstone.execute.expert_memory import EntryMemory, FarMemory, HostMemory
 from loadstone.execute.expert_room import ExpertRoom
 from loadstone.execute.outside_graphs import outside_graphs
 from loadstone.execute.placeholder import StreamedParameter, with_elements
@@ -25,7 +26,8 @@ from loadstone.execute.residency import Residency
 from loadstone.execute.values import Streaming
 from loadstone.stream.entries import Entries, split
 from loadstone.stream.rearrange import target_nbytes
-from loadstone.stream.refill import Refill, Wanted
+from loadstone.stream.refill import Wanted
+from loadstone.stream.sources import FileSource
 
 _EXPERTS = ".experts."
 _GROUPED = frozenset(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"))
@@ -112,7 +114,7 @@ class _Layer:
         count = self.room.count(self.tables[0])
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.dtype in _INTEGERS and value.dim() == 2:
-                chosen = value.reshape(-1).long().numpy()
+                chosen = value.reshape(-1).long().numpy(force=True)
                 chosen = chosen[(chosen >= 0) & (chosen < count)]
                 self.room.announce(self.number, chosen, len(value), by_expert=self.by_expert)
                 return
@@ -167,7 +169,8 @@ class _Table:
         return taken.transpose(-2, -1) if self.is_turned else taken
 
     def _turned(self, placeholder: StreamedParameter) -> StreamedParameter:
-        like = torch.empty(1, dtype=placeholder.dtype).expand(*placeholder.shape[:-2], *placeholder.shape[:-3:-1])
+        one = torch.empty(1, dtype=placeholder.dtype, device=placeholder.device)
+        like = one.expand(*placeholder.shape[:-2], *placeholder.shape[:-3:-1])
         turned = StreamedParameter(like, fqn=placeholder.fqn, unit=placeholder.unit)
         turned.entries = _Table(self.number, self.layer, not self.is_turned)
         return turned
@@ -221,7 +224,7 @@ def _swaps_last(dims: Sequence[int], num_dims: int) -> bool:
 def attach_experts(
     placeholders: Mapping[str, Sequence[tuple[nn.Module, StreamedParameter]]],
     experts: Experts,
-    refill: Refill,
+    source: FileSource,
     residency: Residency,
 ) -> Iterator[RemovableHandle]:
     """Have fused experts come one by one.
@@ -229,7 +232,7 @@ def attach_experts(
     Args:
         placeholders: by fqn, what stands for them, and the modules that it stands in.
         experts: their entries.
-        refill: what reads.
+        source: their files.
         residency: whose turn it is.
 
     Yields:
@@ -242,7 +245,8 @@ def attach_experts(
         modules |= {id(module): module for module, _ in found}
     if not layers:
         return
-    room = ExpertRoom([[experts.tables[fqn] for fqn in fqns] for fqns in layers.values()], refill, experts.room_bytes)
+    tables = [[experts.tables[fqn] for fqn in fqns] for fqns in layers.values()]
+    room = ExpertRoom(tables, _memory([table for layer in tables for table in layer], source), experts.room_bytes)
     residency.have_room(room)
     first = 0
     for number, (ident, fqns) in enumerate(layers.items()):
@@ -255,3 +259,10 @@ def attach_experts(
         before, after = outside_graphs(layer.before), outside_graphs(partial(residency.leave, name))
         yield modules[ident].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         yield modules[ident].register_forward_hook(after, always_call=True)
+
+
+def _memory(tables: Sequence[Entries], source: FileSource) -> EntryMemory:
+    """Where the entries go that are chosen."""
+    if source.is_direct and source.refill is not None:
+        return HostMemory(tables, source.refill)
+    return FarMemory(*source.entries(tables))

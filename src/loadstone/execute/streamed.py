@@ -14,7 +14,6 @@ from loadstone.architecture.skeleton import find_owner
 from loadstone.checkpoint.values import Checkpoint
 from loadstone.execute.experts import Experts, choose_experts
 from loadstone.execute.values import Streaming
-from loadstone.plan.values import HOST
 from loadstone.stream.materialize import torch_dtype
 from loadstone.stream.refill import Wanted, can_refill
 from loadstone.stream.slices import can_slice
@@ -78,9 +77,7 @@ def choose_streamed(
     Returns:
         Those that can be read anew in each pass; the notes name the others, which are loaded as ever.
     """
-    experts = Experts()
-    if streaming.device == HOST:
-        experts = choose_experts(keymap, targets, checkpoint.tensors, streaming)
+    experts = choose_experts(keymap, targets, checkpoint.tensors, streaming)
     chosen = Streamed(device=torch_device(streaming.device), experts=experts)
     computed = {unit for conversion in keymap.conversions if (unit := unit_of_name(conversion.name, streaming))}
     chosen.notes += [f"{unit} is kept in memory as far as transformers has to compute it" for unit in sorted(computed)]

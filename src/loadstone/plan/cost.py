@@ -32,6 +32,9 @@ TYPICAL_COPY_BYTES_PER_S = 8e9
 TYPICAL_EXPAND_BYTES_PER_S = 1.5e9
 # What asking for one piece costs before its first byte comes: a read of its own, a launch.
 PIECE_S = {"disk": 1e-4, "link": 2e-5}
+# What decoding a value of a block reads and writes on an accelerator, counted in the operations for Q4_K: no device was
+# at hand to measure it.
+_DECODING_BYTES = 24
 # The most slots between disk and processor that plans try.
 MAX_HOST_SLOTS = 3
 # Measured: taking the pages of a slot away from behind a front, 0.1 s for 3.3 GB.
@@ -238,14 +241,28 @@ def _flops_per_s(rate: ComputeRate, tokens: float, width_bytes: float) -> float:
     return rate.flops_per_s
 
 
-def transfer_s(unit: Unit, tokens: int, way: tuple[float, str]) -> float:
-    """Bringing a streamed unit to its compute device in a pass of so many tokens."""
+def transfer_s(unit: Unit, tokens: int, way: tuple[float, str], rate: ComputeRate | None = None) -> float:
+    """Bringing a streamed unit to its compute device in a pass of so many tokens.
+
+    Args:
+        unit: what is brought.
+        tokens: of the pass.
+        way: how fast bytes travel, and what bounds it.
+        rate: of an accelerator, which decodes blocks in the stream that they come in; None for the host.
+    """
     touched = touched_share(unit.kind, unit.use_share, tokens)
-    return moved_bytes(unit, tokens) / way[0] + PIECE_S[way[1]] * touched
+    decoding = 0.0 if rate is None else touched * unit.encoded_parameters * _DECODING_BYTES / rate.weight_bytes_per_s
+    return moved_bytes(unit, tokens) / way[0] + PIECE_S[way[1]] * touched + decoding
 
 
-def alone_s(unit: Unit, way: tuple[float, str]) -> float:
-    """The part of that in which nothing else is computed: slices come ahead of their head as far as it has windows."""
+def alone_s(unit: Unit, tokens: int, way: tuple[float, str], rate: ComputeRate | None = None) -> float:
+    """The part of that in which nothing else is computed.
+
+    Slices come ahead of their head as far as it has windows. Experts come when their router has chosen; an accelerator
+    computes with them in next to no time. See `transfer_s`.
+    """
+    if unit.kind is UnitKind.EXPERT and rate is not None:
+        return transfer_s(unit, tokens, way, rate)
     if not unit.slice_bytes:
         return 0.0
     ahead = min(1.0, unit.window_bytes / unit.memory_bytes)
@@ -266,6 +283,7 @@ def likeness(unit: Unit) -> tuple[object, ...]:
         unit.slot_bytes,
         unit.stored_bytes,
         unit.num_parameters,
+        unit.encoded_parameters,
         unit.expert_parameters,
         unit.expert_tensors,
         len(unit.tensors),

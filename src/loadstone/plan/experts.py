@@ -43,8 +43,8 @@ def _slot_sizes(streamed: Iterable[Unit], num_slots: int, device: str) -> list[i
     return sorted((unit.slot_bytes_on(device) for unit in streamed), reverse=True)[:num_slots]
 
 
-def expert_room(plan: Plan, units: Mapping[str, Unit]) -> Room:
-    """What a plan gives to experts that the host streams: what it keeps of them, and what others leave of the slots.
+def expert_room(plan: Plan, units: Mapping[str, Unit], device: str = HOST) -> Room:
+    """What a plan gives to experts that are streamed: what it keeps of them, and what others leave of the slots.
 
     Which experts are worth keeping is known only once routers have chosen, so that those which the plan keeps in memory
     say how many stay, not which.
@@ -52,13 +52,14 @@ def expert_room(plan: Plan, units: Mapping[str, Unit]) -> Room:
     Args:
         plan: what goes where.
         units: that its placements name.
+        device: that they are streamed to.
     """
-    placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.compute == HOST]
+    placed = [(units[one.unit], one.is_streamed) for one in plan.placements if one.compute == device]
     experts = [(unit, is_streamed) for unit, is_streamed in placed if unit.kind is UnitKind.EXPERT]
     if not any(is_streamed for _, is_streamed in experts):
         return Room()
     kept_bytes = sum(unit.memory_bytes for unit, is_streamed in experts if not is_streamed)
     streamed = [unit for unit, is_streamed in placed if is_streamed]
     others = [unit for unit in streamed if unit.kind is not UnitKind.EXPERT]
-    slot_bytes = ring_bytes(streamed, plan.num_slots) - ring_bytes(others, plan.num_slots)
+    slot_bytes = ring_bytes(streamed, plan.num_slots, device) - ring_bytes(others, plan.num_slots, device)
     return Room(nbytes=kept_bytes + slot_bytes, tensors=frozenset(name for unit, _ in experts for name in unit.tensors))

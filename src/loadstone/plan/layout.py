@@ -24,6 +24,8 @@ _MOST_TRIED_UNITS = 700
 
 # What stays together on the walk, with its bytes.
 _Step = tuple[int, list[Unit]]
+# What a device computes.
+_Share = tuple[Device, list[Unit]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,14 +225,25 @@ def _streamed_to(problem: Problem, steps: Sequence[_Step], devices: Sequence[Dev
     best: Layout | None = None
     for device, is_first in _servable(problem, devices):
         others = [one for one in devices if one is not device]
-        layout = _on_accelerators(problem, _shares(problem, steps, device, others, is_first=is_first), served=device)
-        if isinstance(layout, Missing):
-            missing.append(layout.nbytes)
-        elif best is None or _run_s(problem, layout) < _run_s(problem, best):
-            best = layout
+        shares = _shares(problem, steps, device, others, is_first=is_first)
+        for one in _by_layers_or_experts(problem, shares):
+            layout = _on_accelerators(problem, one, served=device)
+            if isinstance(layout, Missing):
+                missing.append(layout.nbytes)
+            elif best is None or _run_s(problem, layout) < _run_s(problem, best):
+                best = layout
         if best is not None and len(devices) * len(problem.inventory.units) > _MOST_TRIED_UNITS:
             break
     return Missing(nbytes=min(missing)) if best is None else best
+
+
+def _by_layers_or_experts(problem: Problem, shares: Sequence[_Share]) -> Iterator[Sequence[_Share]]:
+    """What goes to the last device comes layer by layer, with all experts, or these come as routers choose them."""
+    *others, (device, units) = shares
+    whole = problem.inventory.whole_layers(units)
+    yield [*others, (device, whole)]
+    if len(whole) < len(units):
+        yield shares
 
 
 def _servable(problem: Problem, devices: Sequence[Device]) -> Iterator[tuple[Device, bool]]:
@@ -248,13 +261,13 @@ def _servable(problem: Problem, devices: Sequence[Device]) -> Iterator[tuple[Dev
 
 def _shares(
     problem: Problem, steps: Sequence[_Step], served: Device, others: Sequence[Device], *, is_first: bool
-) -> list[tuple[Device, list[Unit]]]:
-    """What each device computes: the others as much as they can keep, the one that is served what is left."""
+) -> list[_Share]:
+    """What each device computes: the others as much as they can keep, the one that is served, last, what is left."""
     turn = -1 if is_first else 1
     walk, queue = steps[::turn], others[::turn]
     kept, count = _filled(walk, [problem.device_room(device.id) for device in queue])
     left = [unit for _, units in walk[count:] for unit in units]
-    shares = [*zip(queue, kept, strict=True), (served, problem.inventory.whole_layers(left))]
+    shares = [*zip(queue, kept, strict=True), (served, left)]
     return [(device, sorted(units, key=lambda unit: unit.order)) for device, units in shares if units]
 
 

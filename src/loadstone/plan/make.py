@@ -271,6 +271,8 @@ def _streaming_reasons(layout: Layout, total_bytes: int) -> Iterator[str]:
             )
         if any(one.unit.expert_tensors for one in streamed):
             yield "a layer comes with all of its experts, which accelerators compute with as one parameter"
+        if any(one.unit.kind is UnitKind.EXPERT for one in streamed):
+            yield "of experts only those come that routers choose, and those that are chosen most stay"
         served = {one.compute for one in streamed}
         if served != {HOST} and len({one.compute for one in layout.assignments}) > 1:
             yield f"what does not stay is brought to {', '.join(served)}; the others keep what they compute"

@@ -11,7 +11,7 @@ holds all that less memory held, and the plan is never slower for having more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from loadstone.plan.cost import MAX_HOST_SLOTS, alone_s, compared_s, overlapped_s, transfer_s, work
@@ -209,30 +209,65 @@ def _streamed(choice: Choice) -> Iterator[tuple[Unit, int]]:
             yield group.units[0], count
 
 
-def _homes(segment: Segment, choice: Choice) -> Iterator[tuple[Unit, int, int]]:
-    """The same, with how many of them live in host memory."""
-    room = segment.host_room_bytes if segment.device != HOST else 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Homes:
+    """Where streamed units live.
+
+    Attributes:
+        counts: each kind of unit, with how many there are alike, and how many of these live in host memory.
+        spares: what experts take there that stay on an accelerator: they do so until others are chosen more often, and
+            then come from there. 0 where there is no room for all of them, or nothing is to take their place.
+    """
+
+    counts: tuple[tuple[Unit, int, int], ...]
+    spares: int
+
+
+def _homes(segment: Segment, choice: Choice) -> _Homes:
+    if segment.device == HOST:
+        return _Homes(counts=tuple((unit, count, 0) for unit, count in _streamed(choice)), spares=0)
+    room = segment.host_room_bytes
+    counts = []
     for unit, count in _streamed(choice):
         fitting = min(count, room // max(1, unit.carried_bytes))
         room = room - fitting * unit.carried_bytes if fitting == count else 0
-        yield unit, count, fitting
+        counts.append((unit, count, fitting))
+    experts = [count == near for unit, count, near in counts if unit.kind is UnitKind.EXPERT]
+    spares = sum(kept * group.units[0].carried_bytes for group, kept in _experts_that_stay(choice))
+    spares = spares if experts and all(experts) and spares <= room else 0
+    return _Homes(counts=tuple(counts), spares=spares)
+
+
+def _experts_that_stay(choice: Choice) -> Iterator[tuple[Group, int]]:
+    for group, kept in zip(choice.groups, choice.kept, strict=True):
+        if group.units[0].kind is UnitKind.EXPERT:
+            yield group, kept
+
+
+def _from_memory(choice: Choice, homes: _Homes) -> Iterator[tuple[Unit, int, float]]:
+    """How many of each kind come from host memory: any expert may have to come, also those that have no home there."""
+    staying = {group.units[0].name: kept for group, kept in _experts_that_stay(choice)}
+    for unit, count, near in homes.counts:
+        others = 0 if homes.spares else staying.get(unit.name, 0)
+        yield unit, count, near * count / (count + others)
 
 
 def _pass_s(segment: Segment, choice: Choice) -> tuple[tuple[float, float], tuple[float, float]]:
     """Both kinds of pass, and what moving alone would take."""
-    homes = list(_homes(segment, choice))
-    waiting = sum(count * alone_s(unit, segment.speeds.way(DISK, segment.device)) for unit, count, _ in homes)
+    homes = list(_from_memory(choice, _homes(segment, choice)))
+    near_way, far_way = (segment.speeds.way(home, segment.device) for home in (HOST, DISK))
     rate = segment.speeds.compute[segment.device]
+    far_rate = None if segment.device == HOST else rate
     comparing = sum(count * compared_s(unit, rate, segment.tokens[0]) for unit, count, _ in homes)
     expanding = sum(count * unit.compressed_bytes for unit, count, _ in homes) / segment.speeds.expand
     seconds, alone = [], []
     for index, tokens in enumerate(segment.tokens):
         compute = _compute_s(segment, choice.groups, index) + expanding + (comparing if index else 0.0)
-        moving = sum(
-            near * transfer_s(unit, tokens, segment.speeds.way(HOST, segment.device))
-            + (count - near) * transfer_s(unit, tokens, segment.speeds.way(DISK, segment.device))
-            for unit, count, near in homes
-        )
+        moving = waiting = 0.0
+        for unit, count, near in homes:
+            for one, way in ((near, near_way), (count - near, far_way)):
+                moving += one * transfer_s(unit, tokens, way, far_rate)
+                waiting += one * alone_s(unit, tokens, way, far_rate)
         seconds.append(overlapped_s(compute, moving - waiting, choice.num_slots, segment.device) + waiting)
         alone.append(moving)
     return (seconds[0], seconds[1]), (alone[0], alone[1])
@@ -275,8 +310,16 @@ def _without_parts(one: Assignment) -> Assignment:
     return replace(one, unit=replace(unit, front_bytes=0, compressed_bytes=0, slice_bytes=0))
 
 
+def _with_spare(one: Assignment) -> Assignment:
+    """An expert that stays has a home in host memory too."""
+    if one.unit.kind is not UnitKind.EXPERT or one.home != one.compute:
+        return one
+    return replace(one, spare_bytes=one.unit.carried_bytes)
+
+
 def _placed(segment: Segment, choice: Choice) -> Placed:
-    near = {id(unit): fitting for unit, _, fitting in _homes(segment, choice)}
+    homes = _homes(segment, choice)
+    near = {id(unit): fitting for unit, _, fitting in homes.counts}
     found: list[Assignment] = []
     rows = 0
     for group, kept in zip(choice.groups, choice.kept, strict=True):
@@ -290,22 +333,24 @@ def _placed(segment: Segment, choice: Choice) -> Placed:
                 Assignment(unit=part, home=HOST if near[id(part)] else DISK, compute=segment.device) for part in torn[3]
             ]
         on_disk = set(spread(len(away), near.get(id(group.units[0]), 0)))
-        homes = {unit.name: DISK if index in on_disk else HOST for index, unit in enumerate(away)}
+        home_of = {unit.name: DISK if index in on_disk else HOST for index, unit in enumerate(away)}
         if torn is not None:
-            homes[torn[1].name] = ""
+            home_of[torn[1].name] = ""
         found += [
-            Assignment(unit=unit, home=homes.get(unit.name, segment.device), compute=segment.device)
+            Assignment(unit=unit, home=home_of.get(unit.name, segment.device), compute=segment.device)
             for unit in group.units
-            if homes.get(unit.name) != ""
+            if home_of.get(unit.name) != ""
         ]
     away = [one.unit for one in found if one.home != one.compute and one.unit.is_slotted]
     found = [_without_parts(one) for one in found]
+    if homes.spares:
+        found = [_with_spare(one) for one in found]
     return Placed(
         assignments=tuple(sorted(found, key=lambda one: one.unit.order)),
         num_slots=choice.num_slots if away else 0,
         slot_bytes=choice.slot_bytes if choice.split and any(unit.kept_bytes for unit in away) else 0,
         read_bytes=choice.split.read_bytes if choice.split and any(unit.compressed_bytes for unit in away) else None,
         ring_bytes=ring_bytes(away, choice.num_slots, segment.device) + (segment.expanding_bytes if away else 0) + rows,
-        host_bytes=sum(one.unit.carried_bytes for one in found if one.home == HOST != one.compute),
+        host_bytes=sum(one.unit.carried_bytes for one in found if one.home == HOST != one.compute) + homes.spares,
         pass_s=choice.pass_s,
     )

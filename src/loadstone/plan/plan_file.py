@@ -17,7 +17,7 @@ from loadstone.plan.identity import identity
 from loadstone.plan.values import Placement, Plan
 from loadstone.units import format_bytes, format_seconds
 
-VERSION = 3
+VERSION = 4
 _VERSION_FIELD = "loadstone_plan"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 from loadstone.plan.cost import alone_s, compared_s, likeness, moved_bytes, overlapped_s, transfer_s, work
 from loadstone.plan.layout import Layout, Problem
 from loadstone.plan.segment import Assignment
-from loadstone.plan.values import DISK, HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit
+from loadstone.plan.values import DISK, HOST, DevicePlan, Pass, Placement, Prediction, Reservation, Unit, UnitKind
 
 # By compute device: one of each kind of assignment, in execution order, and how many are like it.
 _Tally = dict[str, list[tuple[Assignment, int]]]
@@ -31,6 +31,7 @@ def placements(problem: Problem, layout: Layout) -> tuple[Placement, ...]:
             front_bytes=one.unit.front_bytes,
             compressed_bytes=one.unit.compressed_bytes,
             slice_bytes=one.unit.slice_bytes,
+            spare_bytes=one.spare_bytes,
         )
         for one in layout.assignments
     )
@@ -85,9 +86,11 @@ def device_plans(problem: Problem, layout: Layout, logits_bytes: int) -> tuple[D
     return tuple(plans)
 
 
-def _held(device: str, assignments: Iterable[Assignment]) -> tuple[int, int]:
+def _held(device: str, assignments: Sequence[Assignment]) -> tuple[int, int]:
     """Bytes of weights on a device: memory of its own, and files used where they lie."""
     weights = mapped = 0
+    if device == HOST:
+        weights += sum(one.spare_bytes for one in assignments)
     for one in assignments:
         if one.home != device:
             weights += one.unit.kept_bytes if one.compute == device else 0
@@ -155,6 +158,7 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
     seconds = compute_s = moving_s = fill_s = 0.0
     for device, alike in tally.items():
         rate = speeds.compute[device]
+        far_rate = None if device == HOST else rate
         beside = problem.beside_of(one.unit for one in layout.assignments if one.compute == device)[index]
         computing, moving, waiting = beside.seconds(rate), 0.0, 0.0
         total["memory"] += computing
@@ -166,11 +170,14 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
             total["memory" if done.memory_s >= done.arithmetic_s else "compute"] += count * done.seconds
             if one.home != one.compute:
                 way = speeds.way(one.home, device)
-                brought = transfer_s(one.unit, tokens, way)
+                brought = alone = 0.0
+                for share, home in _comes_from(one, count, alike):
+                    brought += share * transfer_s(one.unit, tokens, speeds.way(home, device), far_rate)
+                    alone += share * alone_s(one.unit, tokens, speeds.way(home, device), far_rate)
                 if first and not moving and one.unit.is_slotted:
                     fill_s += brought  # nothing can be computed with the first before it is there
                 moving += count * brought
-                waiting += count * alone_s(one.unit, way)
+                waiting += count * alone
                 if first:
                     comparing = count * compared_s(one.unit, rate, problem.tokens[0])
                     total["memory"] += comparing
@@ -186,6 +193,30 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
         seconds=seconds + (fill_s if first and layout.num_slots != 1 else 0.0),
         bound_by=max(names, key=lambda name: total[name]),
     )
+
+
+def _comes_from(one: Assignment, count: int, alike: Sequence[tuple[Assignment, int]]) -> Iterator[tuple[float, str]]:
+    """From where a streamed unit comes, each with the part of its passes: mostly from its home.
+
+    Experts that stay on an accelerator do so until others are chosen more often; those that have no home in host memory
+    come from their files then.
+
+    Args:
+        one: the unit.
+        count: how many there are like it.
+        alike: all kinds of units that compute on its device.
+    """
+    others = 0
+    if one.unit.kind is UnitKind.EXPERT and one.home == HOST != one.compute:
+        kind = likeness(one.unit)
+        others = sum(
+            number
+            for other, number in alike
+            if other.home == other.compute and not other.spare_bytes and likeness(other.unit) == kind
+        )
+    yield count / (count + others), one.home
+    if others:
+        yield others / (count + others), DISK
 
 
 def _tally(layout: Layout) -> _Tally:

@@ -46,11 +46,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """A unit, the place that keeps it, and the device that computes with it."""
+    """A unit, the place that keeps it, and the device that computes with it.
+
+    Attributes:
+        spare_bytes: what it takes of host memory besides; see `loadstone.plan.values.Placement`.
+    """
 
     unit: Unit
     home: str
     compute: str
+    spare_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

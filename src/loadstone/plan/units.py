@@ -130,7 +130,7 @@ class Inventory:
 
     def unit(self, name: str, kind: UnitKind, order: int, tensors: Iterable[str], use_share: float = 1.0) -> Unit:
         """Add up tensors."""
-        stored = memory = mappable = largest = numel = rearranged = experts = 0
+        stored = memory = mappable = largest = numel = rearranged = experts = encoded = 0
         names = tuple(tensors)
         # An expert's own tensor becomes a slice of the fused one that the class computes with: it cannot be mapped.
         is_slice = kind is UnitKind.EXPERT and name[-1].isdecimal()
@@ -142,6 +142,7 @@ class Inventory:
                 experts += count
             stored += info.nbytes
             memory += nbytes
+            encoded += count if info.encoding is not None else 0
             largest = max(largest, nbytes)
             if tensor in self.rearranged or info.strides is not None:
                 rearranged += 4 * count  # decoded to float32 at most, and then moved
@@ -161,6 +162,7 @@ class Inventory:
             rearranged_bytes=rearranged,
             expert_parameters=experts,
             expert_share=self.expert_share if experts else 1.0,
+            encoded_parameters=encoded,
         )
 
     def _holds_experts(self, info: TensorInfo) -> bool:

@@ -62,9 +62,9 @@ class Unit:
         expert_tensors: of a block that is placed with its experts: how many of its tensors, the last, are theirs.
         front_bytes: what stays of it where it is streamed; see `loadstone.plan.fronts`.
         compressed_bytes: what stays of it compressed, behind that.
-        slice_bytes: how much of it is read at a time where it is streamed; 0 where it comes whole. See
-            `loadstone.plan.slices`.
+        slice_bytes: how much of it is read at a time where it is streamed; 0 where it comes whole.
         table_rows: of a head that is a table too: its rows, of which tokens look some up.
+        encoded_parameters: those of its elements that are stored as blocks of an encoding.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Unit:
     compressed_bytes: int = 0
     slice_bytes: int = 0
     table_rows: int = 0
+    encoded_parameters: int = 0
 
     def num_tokens(self, tokens: tuple[int, int], index: int) -> int:
         """The tokens that it is given in one kind of pass.
@@ -127,11 +128,11 @@ class Unit:
 
     @property
     def buffer_bytes(self) -> int:
-        """What a buffer on that way must have to read it into."""
+        """What a buffer on that way must have."""
         return self.carried_bytes + self._gap_bytes
 
     def slot_bytes_on(self, device: str) -> int:
-        """What a slot of a device must have for it; what is put in order there is so beside the slot."""
+        """What a slot of a device must have for it; an accelerator puts it in order beside the slot."""
         return self.slot_bytes if device == HOST else self.memory_bytes + self._gap_bytes
 
     @property
@@ -197,6 +198,8 @@ class Placement:
         front_bytes: what of it stays in the memory of the compute device though it is streamed.
         compressed_bytes: what of it, behind that, stays there compressed.
         slice_bytes: how much of it is there at a time, twice, while it is computed with; 0 where it comes whole.
+        spare_bytes: of an expert that stays on an accelerator until others are chosen more often: what it takes of host
+            memory, from where it comes again then.
     """
 
     unit: str
@@ -212,6 +215,7 @@ class Placement:
     front_bytes: int = 0
     compressed_bytes: int = 0
     slice_bytes: int = 0
+    spare_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:

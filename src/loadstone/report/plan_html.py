@@ -194,6 +194,8 @@ def _note(placement: Placement) -> str:
     kept = (front if placement.front_bytes else "") + (more if placement.compressed_bytes else "")
     if placement.slice_bytes:
         kept = f", in slices of {format_bytes(placement.slice_bytes)}, two of them at a time"
+    if placement.spare_bytes:
+        kept = f", {format_bytes(placement.spare_bytes)} of it in RAM too, for when others take its place"
     home = f"{placement.home}, mapped from files" if placement.mapped else placement.home
     return f"{format_bytes(placement.home_bytes)} of {placement.storage_dtype} on {home}{kept}{moved}"
 

@@ -77,8 +77,8 @@ class _Tensors:
         return values.repeat_interleave(16, dim=1)
 
     def spread(self, packed: torch.Tensor, shifts: tuple[int, ...], mask: int, item: int) -> torch.Tensor:
-        runs = packed.reshape(len(packed), -1, item)
-        return torch.stack([runs >> shift & mask for shift in shifts], dim=2).reshape(len(packed), -1)
+        runs = packed.reshape(len(packed), -1, 1, item)
+        return (runs >> _shifts_on_device(shifts, packed.device)).bitwise_and_(mask).view(len(packed), -1)
 
     def spread_high(self, packed: torch.Tensor, shifts: tuple[int, ...], mask: int, item: int) -> torch.Tensor:
         runs = packed.reshape(len(packed), -1, item)
@@ -100,8 +100,8 @@ class _Tensors:
         torch.index_select(table, 0, codes.to(torch.int32).reshape(-1), out=out.view(-1))
 
     def scale(self, quants: torch.Tensor, out: torch.Tensor, factor: torch.Tensor) -> None:
-        out.copy_(quants)
-        self.scale_in_place(out, factor)
+        # Numbers of both kinds in one operation: on accelerators nothing lies in between.
+        torch.mul(_groups(quants, factor), factor.unsqueeze(-1), out=_groups(out, factor))
 
     def scale_in_place(self, out: torch.Tensor, factor: torch.Tensor) -> None:
         _groups(out, factor).mul_(factor.unsqueeze(-1))
@@ -117,16 +117,27 @@ _OPS = _Tensors()
 
 
 def _groups(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return out.view(len(out), values.shape[1], -1)
+    return out.reshape(len(out), values.shape[1], -1)
 
 
 @cache
 def _on_device(table: Table, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.from_numpy(table.entries.copy()).to(device)
+    return _arrived(torch.from_numpy(table.entries.copy()), device)
 
 
 @cache
 def _floats_on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _arrived(torch.tensor(values, dtype=torch.float32), device)
+
+
+@cache
+def _shifts_on_device(shifts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _arrived(torch.tensor(shifts, dtype=torch.uint8).view(-1, 1), device)
+
+
+def _arrived(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device, there for whichever of its streams uses it."""
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        made = values.to(device)
+    made[:1].cpu()  # returns when it is over
+    return made

@@ -47,6 +47,18 @@ class Entries:
         """How an entry fills a slot."""
         return recipe_for([self._entry(number)], {part.source: info for part, info in self.pieces[number]})
 
+    def name(self, number: int) -> str:
+        """What an entry is called where it comes by itself."""
+        return f"{self.wanted.fqn}[{number}]"
+
+    def alone(self, number: int) -> tuple[Wanted, dict[str, TensorInfo]]:
+        """An entry as a parameter of its own, `...experts.gate_up_proj[7]`, with its tensors by names of their own."""
+        name = self.name(number)
+        pieces = [(f"{name}/{index}", part, info) for index, (part, info) in enumerate(self.pieces[number])]
+        parts = tuple(replace(part, source=source) for source, part, _ in pieces)
+        wanted = Wanted(assignment=Assignment(target=name, parts=parts), target=self.target)
+        return wanted, {source: info for source, _, info in pieces}
+
     def is_readable(self) -> bool:
         """Whether numpy alone can read every entry; entries are alike but for their place."""
         return can_refill(self._entry(0), {part.source: info for part, info in self.pieces[0]})

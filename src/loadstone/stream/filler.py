@@ -5,7 +5,7 @@ A filler knows units by name. Fillers are composed: one that sends on to a devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -186,6 +186,13 @@ def laid_out(targets: Mapping[str, Target]) -> Layout:
         places.append(Place(fqn=fqn, target=target, begin=begin))
         end = begin + nbytes_of(DTYPES[target.dtype], prod(target.shape))
     return Layout(places=tuple(places), nbytes=end)
+
+
+def arriving(layout: Layout, targets: Sequence[Target]) -> Layout:
+    """How a unit lies in its slot: as on the way, where nothing is cast, so that it is sent in one piece."""
+    if [place.target for place in layout.places] == list(targets):
+        return Layout(places=layout.places, nbytes=layout.end)
+    return laid_out({place.fqn: target for place, target in zip(layout.places, targets, strict=True)})
 
 
 def _nbytes(place: Place) -> int:

@@ -102,6 +102,16 @@ class FromMemory(AtDestination):
         self._left_bytes: dict[str, int] = {}
         self._workers = Workers(_NUM_THREADS, "loadstone-copy")
 
+    def add(self, homes: Mapping[str, Home], layouts: Mapping[str, Layout]) -> None:
+        """Know more units; those that left memory, if any, are still away.
+
+        Args:
+            homes: by unit.
+            layouts: how each of them lies in a slot.
+        """
+        self._homes |= homes
+        self._layouts = {**self._layouts, **layouts}
+
     def knows(self, unit: str) -> bool:
         """Whether it has a home, or can have it again."""
         return unit in self._homes or unit in self._left_bytes

@@ -41,21 +41,32 @@ class Onward(AtDestination):
         inner: fills buffers of host memory; it is closed with this.
         layouts: how each unit lies in a slot, and in which dtypes.
         destination: where the slots are; closed by whoever made it.
+
+    Attributes:
+        inner: that.
     """
 
     def __init__(self, inner: Filler, layouts: Mapping[str, Layout], destination: Destination) -> None:
         super().__init__(destination)
-        self._inner = inner
-        self._layouts = dict(layouts)
-        self._usual_bytes = max((inner.layout(unit).nbytes for unit in layouts), default=0)
-        self._largest_bytes = self._usual_bytes
+        self.inner = inner
+        self._layouts: dict[str, Layout] = {}
+        self._usual_bytes = self._largest_bytes = 0
         self._workers = Workers(NUM_BUFFERS, "loadstone-send")
         self._own = threading.local()
         self._buffers: list[_Buffer] = []
+        self.add(layouts, usual=True)
 
-    def add(self, layouts: Mapping[str, Layout]) -> None:
-        """Know more units, which the inner filler knows already; buffers grow when they are too small for one."""
+    def add(self, layouts: Mapping[str, Layout], *, usual: bool = False) -> None:
+        """Know more units, which the inner filler knows already.
+
+        Args:
+            layouts: how each lies in a slot.
+            usual: buffers are to suit them from the start; else they grow when they are too small for one.
+        """
         self._layouts |= layouts
+        if usual:
+            self._usual_bytes = max([self._usual_bytes, *(self.inner.layout(unit).nbytes for unit in layouts)])
+            self._largest_bytes = max(self._largest_bytes, self._usual_bytes)
 
     def knows(self, unit: str) -> bool:
         """Whether it was told how a unit lies in a slot."""
@@ -67,7 +78,7 @@ class Onward(AtDestination):
 
     def moved_bytes(self, unit: str) -> int:
         """What the inner filler moves."""
-        return self._inner.moved_bytes(unit)
+        return self.inner.moved_bytes(unit)
 
     def fill(self, unit: str, slot: torch.Tensor, *, priority: int = 0, known: Known = unknown) -> Job:
         """Begin to fill a buffer, and to send it on into a slot."""
@@ -77,19 +88,19 @@ class Onward(AtDestination):
 
     def check(self, unit: str) -> None:
         """Check what the inner filler checks."""
-        self._inner.check(unit)
+        self.inner.check(unit)
 
     def check_all(self) -> None:
         """Check what the inner filler checks."""
-        self._inner.check_all()
+        self.inner.check_all()
 
     def readers(self) -> tuple[Reader, ...]:
         """Those of the inner filler."""
-        return self._inner.readers()
+        return self.inner.readers()
 
     def rest(self, *, leaves_memory: bool = False) -> None:
         """End the threads, and let their buffers go when the device has taken what is in them."""
-        self._inner.rest(leaves_memory=leaves_memory)
+        self.inner.rest(leaves_memory=leaves_memory)
         self._workers.close()
         for buffer in self._buffers:
             self._let_go(buffer)
@@ -98,23 +109,23 @@ class Onward(AtDestination):
 
     def close(self) -> None:
         """End the threads and the inner filler; the buffers are the link's, which is closed after this."""
-        self._inner.close()
+        self.inner.close()
         self._workers.close()
         self._buffers.clear()
 
     def _pass_on(self, job: Job, unit: str, slot: torch.Tensor, priority: int) -> None:
         """One unit, by the thread whose buffer it goes through."""
-        buffer = self._buffer(self._inner.layout(unit).nbytes)
+        buffer = self._buffer(self.inner.layout(unit).nbytes)
         if buffer.taken is not None:
             buffer.taken.wait()
-        filling = self._inner.fill(unit, buffer.memory, priority=priority)
+        filling = self.inner.fill(unit, buffer.memory, priority=priority)
         job.on_cancel = filling.cancel
         if job.is_cancelled:
             filling.cancel()
         filling.wait()
         if job.is_cancelled:
             return
-        inner, layout = self._inner.layout(unit), self._layouts[unit]
+        inner, layout = self.inner.layout(unit), self._layouts[unit]
         tensors = {place.fqn: view for place, view in zip(inner.places, inner.views(buffer.memory), strict=True)}
         home = Home(tensors=tensors, whole=buffer.memory, places=inner.places)
         late = self._destination.is_late

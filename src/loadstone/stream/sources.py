@@ -9,15 +9,16 @@ from typing import Protocol
 
 import torch
 
-from loadstone.architecture.keymap import Target
-from loadstone.checkpoint.values import Checkpoint
+from loadstone.checkpoint.values import Checkpoint, TensorInfo
 from loadstone.dtypes import DTYPES
 from loadstone.events import Observer, ignore
 from loadstone.stream.combined import Combined
 from loadstone.stream.destination import Destination
-from loadstone.stream.filler import Filler, Layout, laid_out
+from loadstone.stream.entries import Entries
+from loadstone.stream.filler import Filler, Layout, arriving, laid_out
 from loadstone.stream.from_files import FromFiles
-from loadstone.stream.from_memory import FromMemory, Home, Rehomed, packed
+from loadstone.stream.from_memory import FromMemory, Home
+from loadstone.stream.homes import brought_home
 from loadstone.stream.materialize import as_tensor
 from loadstone.stream.onward import Onward
 from loadstone.stream.rearrange import is_rearranged
@@ -56,11 +57,24 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chained:
-    """What further units go through: `rounding`, where there is one, then `onward`, of which `combined` knows."""
+    """What further units go through.
+
+    Attributes:
+        combined: knows of all.
+        memory: sends what is kept in memory.
+        onward: sends what comes from the disk.
+        rounding: what it goes through before either; None for nothing.
+    """
 
     combined: Combined
+    memory: FromMemory
     onward: Onward
     rounding: Onward | None
+
+    @property
+    def inner(self) -> Filler:
+        """What fills host memory with units, as they travel."""
+        return self.rounding if self.rounding is not None else self.onward.inner
 
 
 class FileSource:
@@ -83,6 +97,7 @@ class FileSource:
         self._refill: Refill | None = None
         self._files: FromFiles | None = None
         self._chained: _Chained | None = None
+        self._kept: dict[str, Keep] = {}
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +128,13 @@ class FileSource:
         """Know more parameters, which are read from their files whenever they are wanted."""
         self._wanted |= wanted
 
-    def more(self, groups: Groups) -> Filler:
+    def more(self, groups: Groups, *, usual: bool = False) -> Filler:
         """What fills memory with further units: what was made before.
+
+        Args:
+            groups: the names of the parameters of each.
+            usual: they come as often as others, from where they are kept; else from the disk, and buffers suit them
+                only once one has come.
 
         Raises:
             RuntimeError: nothing was.
@@ -127,9 +147,26 @@ class FileSource:
         layouts = {name: self._files.layout(name) for name in groups}
         if self._chained.rounding is not None:  # what was loaded to stay is not rounded, but takes the same way
             self._chained.rounding.add(layouts)
-        self._chained.onward.add({name: self._arriving(layout) for name, layout in layouts.items()})
-        self._chained.combined.add(groups, self._chained.onward)
+        slots = {name: self._arriving(layout) for name, layout in layouts.items()}
+        self._send(groups, slots, self._chained, usual=usual)
         return self._chained.combined
+
+    def entries(self, tables: Sequence[Entries]) -> tuple[list[list[str]], Filler]:
+        """What fills memory with single entries of fused parameters, and the names of these, for each table.
+
+        Raises:
+            RuntimeError: there is nothing that fills memory yet.
+        """
+        names: list[list[str]] = []
+        infos: dict[str, TensorInfo] = {}
+        for table in tables:
+            alone = [table.alone(number) for number in range(table.count)]
+            names.append([wanted.fqn for wanted, _ in alone])
+            for wanted, tensors in alone:
+                self._wanted[wanted.fqn] = wanted
+                infos |= tensors
+        self.know(replace(self._checkpoint, files=(), tensors=infos))
+        return names, self.more({name: [name] for one in names for name in one}, usual=True)
 
     def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
         """The shortest chain that ends in the destination."""
@@ -154,28 +191,42 @@ class FileSource:
         rounds = any(rounded[name] is not files.layout(name) for name in rounded)
         rounding = Onward(files, rounded, Destination(torch.device("cpu"), NoLink())) if rounds else None
         inner: Filler = files if rounding is None else rounding
-        kept = {name: keep for name in groups if (keep := way.keep(slots[name].places[0].fqn)) is not Keep.DISK}
-
-        read = inner.slot(
-            max((inner.layout(name).nbytes for name, keep in kept.items() if keep is Keep.NEAR), default=1)
-        )
-        homes = {name: _brought_home(inner, name, keep, way.destination, read) for name, keep in kept.items()}
-        way.destination.link.fork()  # homes on the device are made before anything is sent from there
-        onward = Onward(inner, {name: slots[name] for name in groups if name not in kept}, way.destination)
-
-        def again(name: str) -> Home:
-            return _brought_home(inner, name, kept[name], way.destination)
-
-        memory = FromMemory(homes, {name: slots[name] for name in kept}, way.destination, again=again)
+        onward = Onward(inner, {}, way.destination)
+        memory = FromMemory({}, {}, way.destination, again=self._again)
+        combined = Combined({}, way.destination, memory, onward)
+        self._chained = _Chained(combined=combined, memory=memory, onward=onward, rounding=rounding)
+        self._send(groups, slots, self._chained, usual=True)
         onward.add({name: slots[name] for name in tables})
-        fillers: dict[str, Filler] = {name: memory if name in kept else onward for name in slots}
-        combined = Combined(fillers, way.destination, onward)
-        self._chained = _Chained(combined=combined, onward=onward, rounding=rounding)
+        combined.add(tables, onward)
         return combined
+
+    def _send(self, groups: Groups, slots: Mapping[str, Layout], chained: _Chained, *, usual: bool) -> None:
+        """Have units sent from where they are kept; those that are kept in memory are brought there.
+
+        Args:
+            groups: the units.
+            slots: how each lies in a slot.
+            chained: what sends them.
+            usual: see `more`.
+        """
+        keeps = {name: self._way.keep(slots[name].places[0].fqn) if usual else Keep.DISK for name in groups}
+        kept = {name: keep for name, keep in keeps.items() if keep is not Keep.DISK}
+        homes = brought_home(chained.inner, kept, self._way.destination)
+        self._way.destination.link.fork()  # homes on the device are made before anything is sent from there
+        self._kept |= kept
+        chained.memory.add(homes, {name: slots[name] for name in kept})
+        chained.onward.add({name: slots[name] for name in groups if name not in kept}, usual=usual)
+        for name in groups:
+            chained.combined.add([name], chained.memory if name in kept else chained.onward)
+
+    def _again(self, name: str) -> Home:
+        if self._chained is None:
+            raise RuntimeError("homes are made anew only by what has made them")
+        return brought_home(self._chained.inner, {name: self._kept[name]}, self._way.destination)[name]
 
     def _arriving(self, layout: Layout) -> Layout:
         """How a unit lies in its slot, where it lies so on the way."""
-        return _arriving(layout, [self._wanted[place.fqn].target for place in layout.places])
+        return arriving(layout, [self._wanted[place.fqn].target for place in layout.places])
 
     @property
     def refill(self) -> Refill | None:
@@ -247,140 +298,3 @@ def _rounded(layout: Layout, rounding: Rounding) -> Layout:
 
 def _dtype(place: Place, rounding: Rounding) -> str:
     return rounding(place.fqn) or place.target.dtype
-
-
-def _arriving(layout: Layout, targets: Sequence[Target]) -> Layout:
-    """How a unit lies in its slot: as on the way, where nothing is cast, so that it is sent in one piece."""
-    if [place.target for place in layout.places] == list(targets):
-        return Layout(places=layout.places, nbytes=layout.end)
-    return laid_out({place.fqn: target for place, target in zip(layout.places, targets, strict=True)})
-
-
-def _brought_home(
-    inner: Filler, unit: str, keep: Keep, destination: Destination, read: torch.Tensor | None = None
-) -> Home:
-    """Read a unit to where it is kept: at once, or through memory of the host, one that is given or its own."""
-    layout = inner.layout(unit)
-    if keep is Keep.HOST:
-        memory = torch.from_numpy(destination.link.locked(layout.nbytes))
-    else:
-        memory = inner.slot(layout.nbytes) if read is None else read
-    try:
-        inner.fill(unit, memory).wait()
-        inner.check(unit)
-    except BaseException:
-        if keep is Keep.HOST:
-            destination.link.unlock(memory.numpy())
-        raise
-    finally:
-        inner.forget(memory)
-    tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
-    if keep is Keep.HOST:
-        return Home(tensors=tensors, whole=memory, places=layout.places)
-    return packed(tensors, layout, destination.slot(layout.nbytes), is_near=True)
-
-
-class MemorySource:
-    """Parameters that are in memory already, which stay the master copy.
-
-    Args:
-        tensors: by fqn.
-        targets: what each must be where it is computed, by fqn.
-        way: how they travel; a unit that is kept on the disk is none of this source.
-        moved: is told of each parameter that was moved to memory of another kind or dtype, with its new tensor.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        targets: Mapping[str, Target],
-        way: Way,
-        moved: Rehomed,
-    ) -> None:
-        self._tensors = tensors
-        self._targets = dict(targets)
-        self._way = way
-        self._moved = moved
-        self._homes: dict[str, Home] = {}
-        self._layouts: dict[str, Layout] = {}
-        self._memory = FromMemory(self._homes, self._layouts, way.destination, moved)
-        self._combined = Combined({}, way.destination)
-
-    @property
-    def device(self) -> torch.device:
-        """Where units are computed with."""
-        return self._way.destination.device
-
-    def filler(self, groups: Groups, tables: Groups = NONE) -> Filler:
-        """Put each unit where it is kept, and fill slots from there."""
-        for name, fqns in groups.items():
-            kept = laid_out({fqn: self._kept(fqn) for fqn in fqns})
-            self._layouts[name] = _arriving(kept, [self._targets[fqn] for fqn in fqns])
-            self._homes[name] = self._home(kept)
-        self._way.destination.link.fork()  # homes on the device are made before anything is sent from there
-        self._combined.add(groups, self._memory)
-        return self._combined
-
-    def know(self, targets: Mapping[str, Target]) -> None:
-        """Know parameters that are where they are computed, by fqn."""
-        self._targets |= targets
-
-    def more(self, groups: Groups) -> Filler:
-        """What fills memory with units of such parameters; `store` one before it is filled."""
-        self._layouts |= {name: laid_out({fqn: self._targets[fqn] for fqn in fqns}) for name, fqns in groups.items()}
-        self._combined.add(groups, self._memory)
-        return self._combined
-
-    def store(self, unit: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Keep a copy of a unit in host memory, from where it is filled until `drop`.
-
-        Args:
-            unit: one of those that came later.
-            tensors: its parameters, in the order of its layout.
-        """
-        layout = self._layouts[unit]
-        memory = torch.from_numpy(self._way.destination.link.locked(layout.nbytes))
-        fqns = [place.fqn for place in layout.places]
-        self._homes[unit] = packed(dict(zip(fqns, tensors, strict=True)), layout, memory)
-
-    def drop(self, unit: str) -> None:
-        """The unit is where it is computed; the copy goes, if there is one."""
-        home = self._homes.pop(unit, None)
-        if home is not None and home.whole is not None:
-            self._way.destination.link.unlock(home.whole.numpy())
-
-    @property
-    def refill(self) -> None:
-        """No file is read."""
-
-    def has_rows(self, fqn: str) -> bool:
-        """Every table that is computed with as it is kept has rows; what comes later is kept so."""
-        target, tensor = self._targets[fqn], self._tensors.get(fqn)
-        return len(target.shape) == 2 and (tensor is None or f"torch.{target.dtype}" == str(tensor.dtype))
-
-    def rows(self, fqn: str) -> tuple[Table, torch.Tensor]:
-        """The table itself, from which the host takes rows."""
-        for home in self._homes.values():
-            if fqn in home.tensors:
-                return WholeTable(), home.tensors[fqn]
-        return WholeTable(), self._tensors[fqn].detach()
-
-    def _kept(self, fqn: str) -> Target:
-        stored = str(self._tensors[fqn].dtype).removeprefix("torch.")
-        return replace(self._targets[fqn], dtype=self._way.rounding(fqn) or stored)
-
-    def _home(self, layout: Layout) -> Home:
-        near, destination = self._way.keep(layout.places[0].fqn) is Keep.NEAR, self._way.destination
-        tensors = {place.fqn: self._tensors[place.fqn].detach() for place in layout.places}
-        as_it_is = all(
-            str(tensors[place.fqn].dtype) == f"torch.{place.target.dtype}" and tensors[place.fqn].is_contiguous()
-            for place in layout.places
-        )
-        if as_it_is and not near and not destination.is_late and destination.device.type == "cpu":
-            return Home(tensors=tensors)
-        locked = None if near else destination.link.locked(layout.nbytes)
-        memory = destination.slot(layout.nbytes) if locked is None else torch.from_numpy(locked)
-        home = packed(tensors, layout, memory, is_near=near)
-        for fqn, tensor in home.tensors.items():
-            self._moved(fqn, tensor)
-        return home
