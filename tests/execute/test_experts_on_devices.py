@@ -254,3 +254,18 @@ def test_a_plan_that_sends_experts_is_carried_out(
     assert locked_bytes <= host.weight_bytes + host.reservation.slot_bytes + gaps
     assert (locked_bytes > sum(one.home_bytes for one in experts)) is plenty
     loadstone.of(model).close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["disk", "cpu"])
+@pytest.mark.parametrize("nbytes", [1, 120_000, ALL])
+def test_a_real_device_computes_what_it_computes_resident(folders: dict[str, Path], nbytes: int, home: str) -> None:
+    whole: Any = loadstone.load(folders["mixtral"], device="cuda:0")
+    model = sent(folders["mixtral"], nbytes, home)
+    inputs = {"input_ids": PROMPT.cuda()}
+    for one in (whole, model):
+        one.set_experts_implementation("eager")
+    expected = builders.outputs(whole, inputs)
+    for _ in range(5):
+        assert same(model, expected, inputs)
+    loadstone.of(model).close()

@@ -101,3 +101,18 @@ def test_a_plan_counts_what_the_host_keeps_for_an_accelerator(
     expected = builders.outputs(loadstone.load(path, dtype="bfloat16", device="cpu"), inputs)
     assert equal(builders.outputs(model, inputs), expected)
     loadstone.of(model).close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["disk", "cpu"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_real_device_computes_what_it_computes_resident(tmp_path: Path, name: str, home: str) -> None:
+    path = written(name, tmp_path)
+    whole = loadstone.load(path, dtype="bfloat16", device="cuda:0")
+    inputs = {key: tokens.cuda() for key, tokens in inputs_of(name).items()}
+    expected = builders.outputs(whole, inputs)
+    names = frozenset(open_checkpoint(path).tensors) if home == "cpu" else frozenset()
+    model = on_device(path, units_of(whole), dtype="bfloat16", in_memory=names)
+    for _ in range(5):
+        assert equal(builders.outputs(model, inputs), expected)
+    loadstone.of(model).close()

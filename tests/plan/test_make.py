@@ -258,6 +258,9 @@ def test_for_one_token_at_a_time_experts_come_to_a_gpu_as_they_are_chosen() -> N
     small = make_plan(model, machine(400_000_000, gpu), Asked(run=SHORT, device="cuda:0", max_memory={HOST: budget}))
     assert {one.kind for one in small.placements if one.is_streamed} >= {UnitKind.EXPERT}
     assert not any(one.spare_bytes for one in small.placements)
+    # Those that stay come from the disk once they had to go, through two buffers of the host.
+    assert plan.devices[-1].reservation.slot_bytes < 2 * staying[0].home_bytes
+    assert small.devices[-1].reservation.slot_bytes >= 2 * staying[0].home_bytes
     assert small.prediction.decode.seconds > plan.prediction.decode.seconds
 
 

@@ -86,6 +86,14 @@ def test_all_of_it_is_done_on_the_device(encoding: str) -> None:
     torch.testing.assert_close(found.inner, dequantize_tensor(raw, encoding), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", OWN)
+def test_a_real_device_decodes_as_the_host_does(encoding: str) -> None:
+    raw = torch.from_numpy(random_blocks(encoding, 700)).view(-1)
+    found = dequantize_tensor(raw.cuda(), encoding).cpu()
+    torch.testing.assert_close(found, dequantize_tensor(raw, encoding), rtol=0, atol=0, equal_nan=True)
+
+
 def stored_of(
     encoding: str | None, shape: tuple[int, ...], part: Part, target: Target, dtype: str = "float32"
 ) -> Stored | None:

@@ -59,6 +59,8 @@ def attach(
 
 def _kept_on_host(streamed: Streamed, streaming: Streaming) -> set[str]:
     """What is kept in host memory for the device, single entries of experts too; what went later is not."""
+    if not streaming.in_memory:
+        return set()
     on_host = {
         fqn
         for fqn, wanted in streamed.wanted.items()
@@ -103,7 +105,7 @@ def attach_to(module: nn.Module, streamed: Streamed, source: Source, attachment:
     residency = Residency(filler, attachment.num_slots, hooks, attachment.adopt, attachment.observer)
     experts = grouping.put_experts()
     if isinstance(source, FileSource):
-        hooks.keep(attach_experts(experts, streamed.experts, source, residency))
+        hooks.keep(attach_experts(experts, streamed.experts, source, residency, module.get_submodule))
     units = grouping.units(filler, residency)
     for unit in units:
         unit.put_placeholders()

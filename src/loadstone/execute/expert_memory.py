@@ -56,8 +56,8 @@ class EntryMemory(Protocol):
     def fits(self, item: Item, slot: Any) -> bool:
         """Whether an entry finds room in a slot."""
 
-    def fill(self, item: Item, slot: Any) -> None:
-        """Begin to bring an entry into a slot."""
+    def fill(self, item: Item, slot: Any, *, priority: int = -1) -> None:
+        """Begin to bring an entry into a slot; lower numbers come first."""
 
     def passing(self, item: Item) -> Any:
         """A slot of its own for an entry, which is on its way there."""
@@ -130,10 +130,10 @@ class HostMemory:
         """Whether all that is read finds room."""
         return self._recipe(item).nbytes <= slot.size
 
-    def fill(self, item: Item, slot: _HostSlot) -> None:
+    def fill(self, item: Item, slot: _HostSlot, *, priority: int = -1) -> None:
         """Begin to read."""
         prepared, _ = self._recipe(item).prepare(slot.data)
-        slot.batch = self._refill.reader.repeat(prepared, self._refill.files, priority=-1)
+        slot.batch = self._refill.reader.repeat(prepared, self._refill.files, priority=priority)
 
     def passing(self, item: Item) -> _HostSlot:
         """Memory that goes with the last tensor over it."""
@@ -232,11 +232,11 @@ class FarMemory:
         """Whether its layout does."""
         return self._filler.layout(self._name(item)).slot_bytes <= slot.size
 
-    def fill(self, item: Item, slot: _FarSlot) -> None:
+    def fill(self, item: Item, slot: _FarSlot, *, priority: int = -1) -> None:
         """Begin to send; what was asked to compute with the slot until now comes before."""
         memory = slot.memory()
         self._filler.release(memory)
-        slot.batch = self._filler.fill(self._name(item), memory, priority=-1)
+        slot.batch = self._filler.fill(self._name(item), memory, priority=priority)
 
     def passing(self, item: Item) -> _FarSlot:
         """Memory that goes with the last tensor over it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +68,7 @@ class ExpertRoom:
         self._layer_of = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
         self._frequencies = Frequencies(len(layers), max(table.count for table in self._tables))
         self._wanted: dict[Item, None] = {}
+        self._foreseen: dict[Item, None] = {}
         sizes = [memory.slot_bytes(number) for number in range(len(self._tables))]
         racks = {size: self._rack(size, sizes, nbytes) for size in set(sizes)}
         self._rack_of = [racks[size] for size in sizes]
@@ -81,6 +82,7 @@ class ExpertRoom:
     def rest(self) -> None:
         """Forget every entry and give the memory back; what is chosen afterwards is read again."""
         self._wanted.clear()
+        self._foreseen.clear()
         for rack in self._racks:
             rack.waiting.clear()
             rack.expendable = iter(())
@@ -99,7 +101,7 @@ class ExpertRoom:
             num_tokens: how many tokens chose.
             by_expert: it uses all of one expert before the next, rather than one parameter before the next.
         """
-        tables = np.flatnonzero(self._layer_of == layer).tolist()
+        tables = self._tables_of(layer)
         counts = np.bincount(chosen, minlength=self.count(tables[0]))
         self._frequencies.note(layer, counts, num_tokens)
         experts = np.flatnonzero(counts).tolist()
@@ -108,16 +110,34 @@ class ExpertRoom:
         else:
             items = [(table, expert) for table in tables for expert in experts]
         self._wanted = dict.fromkeys(items)
+        self._give_up_foreseen()
         for rack in self._racks:
             rack.waiting.clear()
             rack.expendable = iter(())
         for item in items:
             slot = self._slot(item)
-            self.counts.hits += slot is not None and slot.batch is None
+            self.counts.hits += slot is not None and (slot.batch is None or slot.batch.is_over)
             if slot is None:
                 self._rack_of[item[0]].waiting.append(item)
         self.counts.uses += len(items)
         self._read_on()
+
+    def missing(self, layer: int, experts: NDArray[np.int64]) -> list[int]:
+        """Which of some experts of a layer are neither there nor on their way."""
+        tables = self._tables_of(layer)
+        return [one for one in experts.tolist() if any(self._slot((table, one)) is None for table in tables)]
+
+    def foresee(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to read what a layer to come will likely use, as far as there is room that nobody needs.
+
+        Args:
+            layer: its number.
+            experts: their numbers.
+        """
+        for item in [(table, expert) for expert in experts for table in self._tables_of(layer)]:
+            rack = self._rack_of[item[0]]
+            if self._slot(item) is None and not rack.waiting and self._begun(item, needed=False, priority=1):
+                self._foreseen[item] = None
 
     def take(self, table: int, expert: int) -> torch.Tensor:
         """One entry, which stays as it is for as long as the tensor lives.
@@ -157,32 +177,45 @@ class ExpertRoom:
                     break
                 rack.waiting.popleft()
 
-    def _begun(self, item: Item, *, needed: bool) -> Slot | None:
+    def _give_up_foreseen(self) -> None:
+        """What was foreseen and is not wanted after all does not come, unless it is there."""
+        for item in self._foreseen:
+            slot = self._slot(item)
+            if item not in self._wanted and slot is not None and slot.batch is not None and not slot.batch.is_over:
+                slot.batch.cancel()
+                self._forget(item)
+        self._foreseen.clear()
+
+    def _begun(self, item: Item, *, needed: bool, priority: int = -1) -> Slot | None:
         """A slot into which an entry is being read; None where all are in use.
 
         Args:
             item: the entry.
             needed: it is needed now, so that what is needed later gives way.
+            priority: lower numbers come first.
         """
         rack = self._rack_of[item[0]]
         place = self._free_place(rack)
-        if place is None and needed:
-            later = (rack.shelf.place_of(other) for other in reversed(self._wanted))
-            place = next((one for one in later if one is not None and not rack.slots[one].is_lent), None)
+        if place is None and (needed or item in self._wanted):
+            later = [*reversed(self._foreseen), *(reversed(self._wanted) if needed else ())]
+            places = (rack.shelf.place_of(other) for other in later)
+            place = next((one for one in places if one is not None and not rack.slots[one].is_lent), None)
         if place is None or not self._memory.fits(item, rack.slots[place]):
             return None
         slot = rack.slots[place]
         if slot.batch is not None:
+            self.counts.read_bytes += slot.batch.total_bytes if slot.batch.is_over else 0
             slot.batch.cancel()
         rack.shelf.put(place, item)
-        self._memory.fill(item, slot)
+        self._memory.fill(item, slot, priority=priority)
         return slot
 
     def _free_place(self, rack: _Rack) -> int | None:
         """The place of what is wanted least of what is not in use."""
         for _ in range(2):
             for place in rack.expendable:
-                if rack.shelf.item_at(place) not in self._wanted and not rack.slots[place].is_lent:
+                item = rack.shelf.item_at(place)
+                if item not in self._wanted and item not in self._foreseen and not rack.slots[place].is_lent:
                     return place
             rack.expendable = rack.shelf.expendable()
         return None
@@ -191,6 +224,9 @@ class ExpertRoom:
         rack = self._rack_of[item[0]]
         place = rack.shelf.place_of(item)
         return None if place is None else rack.slots[place]
+
+    def _tables_of(self, layer: int) -> list[int]:
+        return [int(table) for table in np.flatnonzero(self._layer_of == layer)]
 
     def _forget(self, item: Item) -> None:
         shelf = self._rack_of[item[0]].shelf

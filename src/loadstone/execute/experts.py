@@ -20,6 +20,7 @@ from loadstone.architecture.keymap import KeyMap, Target
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.execute.expert_memory import EntryMemory, FarMemory, HostMemory
 from loadstone.execute.expert_room import ExpertRoom
+from loadstone.execute.foresight import Foresight
 from loadstone.execute.outside_graphs import outside_graphs
 from loadstone.execute.placeholder import StreamedParameter, with_elements
 from loadstone.execute.residency import Residency
@@ -95,6 +96,8 @@ class _Layer:
         tables: the numbers of its parameters in the room.
         room: has their entries.
         residency: whose turn it is.
+        foresight: foretells its choices.
+        following: the next one on the walk.
         taken: the last two parameters that were asked for.
         by_expert: it uses all parameters of an expert before the next expert.
     """
@@ -104,6 +107,8 @@ class _Layer:
     tables: tuple[int, ...]
     room: ExpertRoom
     residency: Residency
+    foresight: Foresight
+    following: _Layer | None = None
     taken: tuple[int, int] = (-1, -1)
     by_expert: bool = False
 
@@ -117,7 +122,18 @@ class _Layer:
                 chosen = value.reshape(-1).long().numpy(force=True)
                 chosen = chosen[(chosen >= 0) & (chosen < count)]
                 self.room.announce(self.number, chosen, len(value), by_expert=self.by_expert)
+                self._foresee(args[0] if args else None, value)
                 return
+
+    def _foresee(self, values: Any, chosen: torch.Tensor) -> None:
+        """Begin to read what the next layer's router will likely choose."""
+        self.foresight.observe(values, chosen)
+        if self.following is None:
+            return
+        number, foresight = self.following.number, self.following.foresight
+        likely = foresight.guess(values, partial(self.room.missing, number))
+        if foresight.is_useful:
+            self.room.foresee(number, likely)
 
     def take(self, table: int, expert: int) -> torch.Tensor:
         """One entry of one of its parameters."""
@@ -226,6 +242,7 @@ def attach_experts(
     experts: Experts,
     source: FileSource,
     residency: Residency,
+    find: Callable[[str], nn.Module],
 ) -> Iterator[RemovableHandle]:
     """Have fused experts come one by one.
 
@@ -234,6 +251,7 @@ def attach_experts(
         experts: their entries.
         source: their files.
         residency: whose turn it is.
+        find: gives a module by its path.
 
     Yields:
         The hooks that do it, which are made as they are asked for.
@@ -249,9 +267,14 @@ def attach_experts(
     room = ExpertRoom(tables, _memory([table for layer in tables for table in layer], source), experts.room_bytes)
     residency.have_room(room)
     first = 0
+    before_it: _Layer | None = None
     for number, (ident, fqns) in enumerate(layers.items()):
         name = fqns[0].rpartition(".")[0]
-        layer = _Layer(name, number, tuple(range(first, first + len(fqns))), room, residency)
+        foresight = Foresight(find(name.rpartition(".")[0]))
+        layer = _Layer(name, number, tuple(range(first, first + len(fqns))), room, residency, foresight)
+        if before_it is not None:
+            before_it.following = layer
+        before_it = layer
         first += len(fqns)
         for table, fqn in zip(layer.tables, fqns, strict=True):
             for _, placeholder in placeholders[fqn]:

@@ -126,27 +126,29 @@ def _key(name: str, device_map: Mapping[str, str]) -> str | None:
 
 def _with_rings(problem: Problem, found: list[Assignment]) -> Layout | Missing:
     """Rings for what a map streams: two slots where they fit, else one."""
-    streamed = [one for one in found if one.home != one.compute]
+    streams = any(one.home != one.compute for one in found)
     missing = 0
-    for num_slots in (2, 1) if streamed else (0,):
-        rings = _rings(problem, streamed, num_slots)
+    for num_slots in (2, 1) if streams else (0,):
+        rings = _rings(problem, found, num_slots)
         missing = _missing(problem, found, rings)
         if missing <= 0:
             return Layout(assignments=tuple(found), num_slots=num_slots, ring_bytes=rings)
     return Missing(nbytes=missing)
 
 
-def _rings(problem: Problem, streamed: Sequence[Assignment], num_slots: int) -> dict[str, int]:
+def _rings(problem: Problem, found: Sequence[Assignment], num_slots: int) -> dict[str, int]:
     units: dict[str, list[Unit]] = {}
     rows: dict[str, int] = {}
-    for one in streamed:
+    for one in found:
+        if one.home == one.compute:
+            continue
         units.setdefault(one.compute, []).append(one.unit)
         if one.unit.kind is UnitKind.EMBEDDING:
             rows[one.compute] = rows.get(one.compute, 0) + rows_bytes(one.unit, max(problem.tokens))
     rings = {device: ring_bytes(away, num_slots, device) + rows.get(device, 0) for device, away in units.items()}
     for device in rings.keys() - {HOST}:
         rings[device] += problem.expanding_bytes
-    if buffers := buffer_bytes(streamed):
+    if buffers := buffer_bytes(found):
         rings[HOST] = rings.get(HOST, 0) + buffers
     return rings
 

@@ -29,13 +29,20 @@ _SLOT_COUNTS = (2, 1)
 _HOST_SLOT_COUNTS = (MAX_HOST_SLOTS, 2, 1)
 
 
-def buffer_bytes(assignments: Iterable[Assignment]) -> int:
+def buffer_bytes(assignments: Sequence[Assignment]) -> int:
     """What units need of the host on their way from the disk to accelerators."""
+    sent = {one.compute for one in assignments if _is_expert(one) and one.home != one.compute != HOST}
     largest: dict[str, int] = {}
     for one in assignments:
-        if one.home == DISK and one.compute != HOST and one.unit.is_slotted:
+        # An expert that stays has to go when others are chosen more often, and comes again.
+        comes_again = _is_expert(one) and one.home == one.compute in sent and not one.spare_bytes
+        if comes_again or (one.home == DISK and one.compute != HOST and one.unit.is_slotted):
             largest[one.compute] = max(largest.get(one.compute, 0), one.unit.buffer_bytes)
     return NUM_BUFFERS * sum(largest.values())
+
+
+def _is_expert(one: Assignment) -> bool:
+    return one.unit.kind is UnitKind.EXPERT
 
 
 def place(segment: Segment) -> Placed | Missing:
@@ -312,7 +319,7 @@ def _without_parts(one: Assignment) -> Assignment:
 
 def _with_spare(one: Assignment) -> Assignment:
     """An expert that stays has a home in host memory too."""
-    if one.unit.kind is not UnitKind.EXPERT or one.home != one.compute:
+    if not _is_expert(one) or one.home != one.compute:
         return one
     return replace(one, spare_bytes=one.unit.carried_bytes)
 
