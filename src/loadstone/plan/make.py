@@ -249,11 +249,16 @@ def _streaming_reasons(layout: Layout, total_bytes: int) -> Iterator[str]:
     streamed = [one for one in layout.assignments if one.home != one.compute]
     kept = total_bytes - sum(one.unit.memory_bytes - one.unit.front_bytes for one in streamed)
     resident = f"{format_bytes(kept)} of {format_bytes(total_bytes)} of weights are resident"
-    if all(one.unit.kind is UnitKind.EMBEDDING for one in streamed):
+    kinds = {one.unit.kind for one in streamed}
+    in_turn = kinds - {UnitKind.EMBEDDING, UnitKind.EXPERT}
+    if kinds == {UnitKind.EMBEDDING}:
         names = ", ".join(one.unit.name for one in streamed)
         yield f"{resident}; of {names} only the rows that are looked up are read"
+    elif not in_turn:
+        yield resident
     else:
         yield f"{resident}; what is streamed is spread evenly between them, so that it travels while they compute"
+    if kinds != {UnitKind.EMBEDDING}:
         if layout.slot_bytes:
             yield (
                 f"of units of more than {format_bytes(layout.slot_bytes)} the front stays, so that slots are small and "
@@ -271,12 +276,12 @@ def _streaming_reasons(layout: Layout, total_bytes: int) -> Iterator[str]:
             )
         if any(one.unit.expert_tensors for one in streamed):
             yield "a layer comes with all of its experts, which accelerators compute with as one parameter"
-        if any(one.unit.kind is UnitKind.EXPERT for one in streamed):
+        if UnitKind.EXPERT in kinds:
             yield "of experts only those come that routers choose, and those that are chosen most stay"
         served = {one.compute for one in streamed}
         if served != {HOST} and len({one.compute for one in layout.assignments}) > 1:
             yield f"what does not stay is brought to {', '.join(served)}; the others keep what they compute"
-    if layout.num_slots == 1:
+    if layout.num_slots == 1 and in_turn:
         yield "only one slot fits, so computing waits while a unit is brought in"
 
 
