@@ -226,7 +226,7 @@ def _streamed_to(problem: Problem, steps: Sequence[_Step], devices: Sequence[Dev
     for device, is_first in _servable(problem, devices):
         others = [one for one in devices if one is not device]
         shares = _shares(problem, steps, device, others, is_first=is_first)
-        for one in _by_layers_or_experts(problem, shares):
+        for one in _by_layers_or_experts(problem, shares, device):
             layout = _on_accelerators(problem, one, served=device)
             if isinstance(layout, Missing):
                 missing.append(layout.nbytes)
@@ -237,12 +237,11 @@ def _streamed_to(problem: Problem, steps: Sequence[_Step], devices: Sequence[Dev
     return Missing(nbytes=min(missing)) if best is None else best
 
 
-def _by_layers_or_experts(problem: Problem, shares: Sequence[_Share]) -> Iterator[Sequence[_Share]]:
-    """What goes to the last device comes layer by layer, with all experts, or these come as routers choose them."""
-    *others, (device, units) = shares
-    whole = problem.inventory.whole_layers(units)
-    yield [*others, (device, whole)]
-    if len(whole) < len(units):
+def _by_layers_or_experts(problem: Problem, shares: Sequence[_Share], served: Device) -> Iterator[Sequence[_Share]]:
+    """What goes to one device comes layer by layer, with all experts, or these come as routers choose them."""
+    whole = [(device, problem.inventory.whole_layers(units) if device is served else units) for device, units in shares]
+    yield whole
+    if whole != list(shares):
         yield shares
 
 
@@ -262,7 +261,7 @@ def _servable(problem: Problem, devices: Sequence[Device]) -> Iterator[tuple[Dev
 def _shares(
     problem: Problem, steps: Sequence[_Step], served: Device, others: Sequence[Device], *, is_first: bool
 ) -> list[_Share]:
-    """What each device computes: the others as much as they can keep, the one that is served, last, what is left."""
+    """What each device computes: the others as much as they can keep, the one that is served what is left."""
     turn = -1 if is_first else 1
     walk, queue = steps[::turn], others[::turn]
     kept, count = _filled(walk, [problem.device_room(device.id) for device in queue])

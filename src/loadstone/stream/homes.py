@@ -38,6 +38,11 @@ def brought_home(inner: Filler, kept: Mapping[str, Keep], destination: Destinati
             layout = inner.layout(name)
             tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
             homes[name] = packed(tensors, layout, destination.slot(layout.nbytes), is_near=True)
+    except BaseException:
+        for home in homes.values():
+            if home.whole is not None and not home.is_near:
+                destination.link.unlock(home.whole.numpy())
+        raise
     finally:
         inner.forget(memory)
     return {name: homes[name] for name in kept}
