@@ -128,8 +128,9 @@ _BLOCK_TABLE = (
     _block(41, "Q1_0", 128, 18),
 )
 
-# The codes of a GGUF tensor header: block encodings, and plain elements.
+# The codes of a GGUF tensor header: block encodings (also by their names), and plain elements.
 GGML_BLOCKS: dict[int, BlockFormat] = {block.code: block for block in _BLOCK_TABLE}
+GGML_BLOCKS_BY_NAME: dict[str, BlockFormat] = {block.name: block for block in _BLOCK_TABLE}
 GGML_PLAIN: dict[int, Dtype] = {
     0: DTYPES["float32"],
     1: DTYPES["float16"],

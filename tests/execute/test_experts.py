@@ -95,24 +95,29 @@ def test_the_numbers_are_those_of_the_resident_model(folders: dict[str, Path], m
         loadstone.of(model).close()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("nbytes", [150_000, 250_000])
-def test_exactly_what_was_chosen_and_is_not_there_is_read(folders: dict[str, Path], way: str, nbytes: int) -> None:
-    model = streamed(folders["mixtral"], nbytes)
-    model.set_experts_implementation(way)
+def check_what_is_read(model: Any, num_tokens: int) -> None:
+    """Decode; for each token as many bytes are read as its routers chose of what is not in memory."""
     missing: list[int] = []
     for module in model.modules():
         if any(getattr(one, "entries", None) is not None for one in module._parameters.values()):
             hook = partial(missing_bytes, missing)
             module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
     cache = transformers.DynamicCache()
-    for token in range(20):
+    for token in range(num_tokens):
         before = stats(model).expert_bytes
         missing.clear()
         with torch.inference_mode():
             model(torch.tensor([[token * 7 % 150]]), past_key_values=cache)
         assert stats(model).expert_bytes - before == sum(missing)
     assert 0 < stats(model).expert_hits < stats(model).expert_uses
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("nbytes", [150_000, 250_000])
+def test_exactly_what_was_chosen_and_is_not_there_is_read(folders: dict[str, Path], way: str, nbytes: int) -> None:
+    model = streamed(folders["mixtral"], nbytes)
+    model.set_experts_implementation(way)
+    check_what_is_read(model, 20)
 
 
 def test_all_experts_are_read_once_where_there_is_room(folders: dict[str, Path]) -> None:

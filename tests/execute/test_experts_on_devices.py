@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from test_experts import (
     Odd,
     blocks,
     build,
+    check_what_is_read,
     folders,
     gguf_tensors,
     metadata,
-    missing_bytes,
     stats,
     tables,
 )
@@ -121,19 +120,7 @@ def test_exactly_what_was_chosen_and_is_not_there_is_sent(
 ) -> None:
     model = sent(folders["mixtral"], 250_000, home)
     model.set_experts_implementation(way)
-    missing: list[int] = []
-    for module in model.modules():
-        if any(getattr(one, "entries", None) is not None for one in module._parameters.values()):
-            hook = partial(missing_bytes, missing)
-            module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-    cache = transformers.DynamicCache()
-    for token in range(12):
-        before = stats(model).expert_bytes
-        missing.clear()
-        with torch.inference_mode():
-            model(torch.tensor([[token * 7 % 150]]), past_key_values=cache)
-        assert stats(model).expert_bytes - before == sum(missing)
-    assert 0 < stats(model).expert_hits < stats(model).expert_uses
+    check_what_is_read(model, 12)
     loadstone.of(model).close()
 
 

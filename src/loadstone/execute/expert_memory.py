@@ -73,6 +73,11 @@ class EntryMemory(Protocol):
         """
 
 
+def _anywhere(nbytes: int) -> int:
+    """Room for so many bytes wherever in a block of the disk they begin."""
+    return round_up(nbytes, ALIGNMENT) + ALIGNMENT
+
+
 @dataclass(slots=True, eq=False)
 class _HostSlot:
     """Memory of the host.
@@ -120,7 +125,7 @@ class HostMemory:
     def slot_bytes(self, table: int) -> int:
         """Entries begin anywhere in a block of the disk."""
         recipe = self._recipe((table, 0))
-        return round_up(recipe.nbytes - recipe.places[0].begin, ALIGNMENT) + ALIGNMENT
+        return _anywhere(recipe.nbytes - recipe.places[0].begin)
 
     def slots(self, size: int, count: int) -> list[_HostSlot]:
         """Some of them side by side, so that small ones lie in huge pages too."""
@@ -222,7 +227,7 @@ class FarMemory:
     def slot_bytes(self, table: int) -> int:
         """What is sent in one piece begins where it does in a block of the disk."""
         layout = self._filler.layout(self._names[table][0])
-        return round_up(layout.end - layout.places[0].begin, ALIGNMENT) + ALIGNMENT
+        return _anywhere(layout.end - layout.places[0].begin)
 
     def slots(self, size: int, count: int) -> list[_FarSlot]:
         """Memory is taken when they are filled."""

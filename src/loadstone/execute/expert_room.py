@@ -66,6 +66,7 @@ class ExpertRoom:
         self._memory = memory
         self._tables = [table for layer in layers for table in layer]
         self._layer_of = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
+        self._tables_of = [np.flatnonzero(self._layer_of == layer).tolist() for layer in range(len(layers))]
         self._frequencies = Frequencies(len(layers), max(table.count for table in self._tables))
         self._wanted: dict[Item, None] = {}
         self._foreseen: dict[Item, None] = {}
@@ -101,7 +102,7 @@ class ExpertRoom:
             num_tokens: how many tokens chose.
             by_expert: it uses all of one expert before the next, rather than one parameter before the next.
         """
-        tables = self._tables_of(layer)
+        tables = self._tables_of[layer]
         counts = np.bincount(chosen, minlength=self.count(tables[0]))
         self._frequencies.note(layer, counts, num_tokens)
         experts = np.flatnonzero(counts).tolist()
@@ -124,7 +125,7 @@ class ExpertRoom:
 
     def missing(self, layer: int, experts: NDArray[np.int64]) -> list[int]:
         """Which of some experts of a layer are neither there nor on their way."""
-        tables = self._tables_of(layer)
+        tables = self._tables_of[layer]
         return [one for one in experts.tolist() if any(self._slot((table, one)) is None for table in tables)]
 
     def foresee(self, layer: int, experts: Iterable[int]) -> None:
@@ -134,7 +135,7 @@ class ExpertRoom:
             layer: its number.
             experts: their numbers.
         """
-        for item in [(table, expert) for expert in experts for table in self._tables_of(layer)]:
+        for item in [(table, expert) for expert in experts for table in self._tables_of[layer]]:
             rack = self._rack_of[item[0]]
             if self._slot(item) is None and not rack.waiting and self._begun(item, needed=False, priority=1):
                 self._foreseen[item] = None
@@ -224,9 +225,6 @@ class ExpertRoom:
         rack = self._rack_of[item[0]]
         place = rack.shelf.place_of(item)
         return None if place is None else rack.slots[place]
-
-    def _tables_of(self, layer: int) -> list[int]:
-        return [int(table) for table in np.flatnonzero(self._layer_of == layer)]
 
     def _forget(self, item: Item) -> None:
         shelf = self._rack_of[item[0]].shelf

@@ -172,8 +172,9 @@ def _pass(problem: Problem, layout: Layout, tally: _Tally, index: int) -> Pass:
                 way = speeds.way(one.home, device)
                 brought = alone = 0.0
                 for share, home in _comes_from(one, count, alike):
-                    brought += share * transfer_s(one.unit, tokens, speeds.way(home, device), far_rate)
-                    alone += share * alone_s(one.unit, tokens, speeds.way(home, device), far_rate)
+                    there = speeds.way(home, device)
+                    brought += share * transfer_s(one.unit, tokens, there, far_rate)
+                    alone += share * alone_s(one.unit, tokens, there, far_rate)
                 if first and not moving and one.unit.is_slotted:
                     fill_s += brought  # nothing can be computed with the first before it is there
                 moving += count * brought

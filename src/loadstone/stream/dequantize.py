@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from loadstone.dtypes import GGML_BLOCKS
+from loadstone.dtypes import GGML_BLOCKS_BY_NAME
 from loadstone.errors import UnsupportedFormat
 from loadstone.stream import dequantize_arrays, dequantize_blocks, dequantize_grids
 from loadstone.stream.dequantize_arrays import STRIP_NUMEL, Bytes, Floats
 from loadstone.stream.dequantize_ops import Kernel
 
-_BLOCKS = {block.name: block for block in GGML_BLOCKS.values()}
 # By the name of the encoding.
 KERNELS: dict[str, Kernel] = {**dequantize_blocks.KERNELS, **dequantize_grids.KERNELS}
 
@@ -34,9 +33,11 @@ def dequantize(raw: Bytes, encoding: str, out: Floats) -> None:
 
     Source: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/quants.py
     """
-    block = _BLOCKS.get(encoding)
+    block = GGML_BLOCKS_BY_NAME.get(encoding)
     if block is None:
-        raise UnsupportedFormat(f"block encoding {encoding}: expected one of {', '.join(_BLOCKS)}; upgrade Loadstone.")
+        raise UnsupportedFormat(
+            f"block encoding {encoding}: expected one of {', '.join(GGML_BLOCKS_BY_NAME)}; upgrade Loadstone."
+        )
     num_blocks, rest = divmod(raw.size, block.block_nbytes)
     if rest:
         raise ValueError(f"{encoding}: {raw.size} bytes are not whole blocks of {block.block_nbytes} bytes")

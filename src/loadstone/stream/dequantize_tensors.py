@@ -11,11 +11,10 @@ from functools import cache
 
 import torch
 
-from loadstone.dtypes import GGML_BLOCKS
+from loadstone.dtypes import GGML_BLOCKS_BY_NAME
 from loadstone.stream.dequantize import KERNELS
 from loadstone.stream.dequantize_ops import Table
 
-_BLOCKS = {block.name: block for block in GGML_BLOCKS.values()}
 _WORDS = {2: (torch.int16, torch.int32, 0xFFFF), 4: (torch.int32, torch.int64, 0xFFFFFFFF)}
 
 
@@ -29,7 +28,7 @@ def dequantize(raw: torch.Tensor, encoding: str) -> torch.Tensor:
     Returns:
         Their values, float32 of shape (numel,), where the blocks are.
     """
-    block = _BLOCKS[encoding]
+    block = GGML_BLOCKS_BY_NAME[encoding]
     blocks = raw.reshape(-1, block.block_nbytes)
     out = torch.empty((len(blocks), block.block_numel), dtype=torch.float32, device=raw.device)
     KERNELS[encoding](_OPS, blocks, out)

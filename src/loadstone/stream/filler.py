@@ -57,6 +57,10 @@ class Layout:
         with torch.inference_mode(False):
             return [_view(memory, place) for place in self.places]
 
+    def tensors(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same by fqn."""
+        return {place.fqn: view for place, view in zip(self.places, self.views(memory), strict=True)}
+
 
 class Filling(Protocol):
     """A unit on its way into a slot."""

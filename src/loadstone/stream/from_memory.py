@@ -60,7 +60,7 @@ def packed(tensors: Mapping[str, torch.Tensor], layout: Layout, memory: torch.Te
         memory: shape (layout.nbytes,), uint8.
         is_near: it is of the device that computes.
     """
-    views = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
+    views = layout.tensors(memory)
     with torch.no_grad():
         for fqn, view in views.items():
             view.copy_(tensors[fqn])

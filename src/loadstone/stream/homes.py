@@ -36,8 +36,7 @@ def brought_home(inner: Filler, kept: Mapping[str, Keep], destination: Destinati
             inner.fill(name, memory).wait()
             inner.check(name)
             layout = inner.layout(name)
-            tensors = {place.fqn: view for place, view in zip(layout.places, layout.views(memory), strict=True)}
-            homes[name] = packed(tensors, layout, destination.slot(layout.nbytes), is_near=True)
+            homes[name] = packed(layout.tensors(memory), layout, destination.slot(layout.nbytes), is_near=True)
     except BaseException:
         for home in homes.values():
             if home.whole is not None and not home.is_near:
@@ -61,9 +60,7 @@ def _on_host(inner: Filler, names: list[str], destination: Destination) -> dict[
         coming.popleft()
         inner.forget(memories[name])
         layout = inner.layout(name)
-        views = layout.views(memories[name])
-        tensors = {place.fqn: view for place, view in zip(layout.places, views, strict=True)}
-        homes[name] = Home(tensors=tensors, whole=memories[name], places=layout.places)
+        homes[name] = Home(tensors=layout.tensors(memories[name]), whole=memories[name], places=layout.places)
 
     try:
         for name in names:

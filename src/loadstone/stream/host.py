@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loadstone.checkpoint.files import unreadable
 from loadstone.checkpoint.values import Checkpoint, TensorInfo
-from loadstone.dtypes import DTYPES, GGML_BLOCKS, BlockFormat, nbytes_of
+from loadstone.dtypes import DTYPES, GGML_BLOCKS_BY_NAME, nbytes_of
 from loadstone.errors import TruncatedFile, UnreadableFile
 from loadstone.events import Observer
 from loadstone.hardware.pages import Bytes
@@ -28,7 +28,6 @@ from loadstone.stream.prefault import Prefault, Wait, at_once
 from loadstone.stream.read import Batch, Reader
 from loadstone.stream.spans import Fill
 
-_BLOCKS: dict[str, BlockFormat] = {block.name: block for block in GGML_BLOCKS.values()}
 # One tensor per expert: such tensors become slices of a fused one, which the key map knows and this file does not.
 # A gap between tensors that is shorter costs more to step over than to bring in.
 _WORTH_SKIPPING = 1 << 16
@@ -115,7 +114,7 @@ def fill_for(info: TensorInfo, dtype: str, destination: Bytes, *, fresh: bool = 
     if info.strides is not None:
         return None
     if info.encoding is not None:
-        block = _BLOCKS[info.encoding]
+        block = GGML_BLOCKS_BY_NAME[info.encoding]
         kernel = _decoder(info.encoding, dtype)
         widths = (block.block_nbytes * 8, block.block_numel * DTYPES[dtype].bits)
     else:
@@ -145,7 +144,7 @@ def _decoder(encoding: str, dtype: str) -> Kernel | None:
     cast = kernel_for("float32", dtype)
     if cast is None:
         return None
-    block = _BLOCKS[encoding]
+    block = GGML_BLOCKS_BY_NAME[encoding]
     return through(
         to_float32,
         cast,

@@ -126,8 +126,7 @@ class Onward(AtDestination):
         if job.is_cancelled:
             return
         inner, layout = self.inner.layout(unit), self._layouts[unit]
-        tensors = {place.fqn: view for place, view in zip(inner.places, inner.views(buffer.memory), strict=True)}
-        home = Home(tensors=tensors, whole=buffer.memory, places=inner.places)
+        home = Home(tensors=inner.tensors(buffer.memory), whole=buffer.memory, places=inner.places)
         late = self._destination.is_late
         buffer.taken = self._destination.send(slot, lambda: move(home, layout, slot, late=late))
 

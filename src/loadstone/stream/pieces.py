@@ -13,7 +13,7 @@ from loadstone.architecture.gguf_layouts import Array, Chain, GroupHeads, Layout
 from loadstone.architecture.keymap import Assignment, Part
 from loadstone.checkpoint.values import TensorInfo
 from loadstone.checkpoint.write import NewTensor, Shard
-from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
+from loadstone.dtypes import DTYPES, GGML_BLOCKS_BY_NAME, nbytes_of
 from loadstone.errors import UnsupportedDtype
 from loadstone.hardware.pages import Bytes, anonymous
 from loadstone.stream.convert import kernel_for
@@ -23,7 +23,6 @@ from loadstone.stream.read import Reader
 from loadstone.stream.source import ALIGNMENT
 from loadstone.stream.spans import Fill
 
-_BLOCKS = {block.name: block for block in GGML_BLOCKS.values()}
 # Decoded at once by a thread: of most encodings some 300 kB become 2 MB of float32.
 _BLOCK_CHUNK_NUMEL = 1 << 19
 # Gathered at once from a strided tensor. That takes two copies, and as many addresses and their sums, if every element
@@ -348,7 +347,7 @@ def _boxes(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
 def unit_bytes(info: TensorInfo, dtype: str) -> tuple[int, int]:
     """The bytes of the smallest part of a tensor that can be read by itself: as stored, and as what it becomes."""
     if info.encoding is not None:
-        block = _BLOCKS[info.encoding]
+        block = GGML_BLOCKS_BY_NAME[info.encoding]
         return block.block_nbytes, nbytes_of(DTYPES[dtype], block.block_numel)
     if info.dtype == dtype:
         return 1, 1
@@ -362,7 +361,7 @@ def fill_of(info: TensorInfo, dtype: str, destination: Bytes) -> Fill:
         raise _no_cast(info.name, info.dtype, dtype)
     if info.encoding is None:
         return fill
-    block = _BLOCKS[info.encoding]
+    block = GGML_BLOCKS_BY_NAME[info.encoding]
     return replace(fill, chunk_bytes=_BLOCK_CHUNK_NUMEL // block.block_numel * block.block_nbytes)
 
 

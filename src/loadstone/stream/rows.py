@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from loadstone.architecture.keymap import Target
 from loadstone.checkpoint.files import check_unchanged
 from loadstone.checkpoint.values import TensorInfo
-from loadstone.dtypes import DTYPES, GGML_BLOCKS, nbytes_of
+from loadstone.dtypes import DTYPES, GGML_BLOCKS_BY_NAME, nbytes_of
 from loadstone.hardware.pages import PAGE_BYTES, Bytes, anonymous, give_back
 from loadstone.stream.host import fill_for
 from loadstone.stream.read import HostStaging, read_now
@@ -28,7 +28,7 @@ _KEPT_BYTES = 4 << 20
 # So many stretches are read by the thread that wants them, one after another: the row of a decoding pass.
 _FEW_SPANS = 2
 _NOWHERE = np.empty(0, np.uint8)
-_BLOCK_NUMEL = {block.name: block.block_numel for block in GGML_BLOCKS.values()}
+_BLOCK_NUMEL = {name: block.block_numel for name, block in GGML_BLOCKS_BY_NAME.items()}
 
 
 def has_rows(wanted: Wanted, tensors: dict[str, TensorInfo] | Any) -> bool:
